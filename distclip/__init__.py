@@ -1,0 +1,22 @@
+"""Gradient clipping for distributed PyTorch: the right norm on every rank, whatever the parallelism."""
+
+from distclip import rules
+from distclip.clipper import GradClipper
+from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, grad_norm
+from distclip.report import ClipReport
+from distclip.rules import ClipByGlobalNorm, ClipByNorm, ClipByValue, Rule
+
+__all__ = [
+    "ClipByGlobalNorm",
+    "ClipByNorm",
+    "ClipByValue",
+    "ClipReport",
+    "GradClipper",
+    "Rule",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "grad_norm",
+    "rules",
+]
+__version__ = "0.1.0"

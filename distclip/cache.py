@@ -1,0 +1,56 @@
+"""Plans of parameter lists that the drop-in functions have seen, kept as long as the parameters live."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import is_
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from distclip.layout import learn, wrapped
+from distclip.parameters import names
+from distclip.plan import Plan, make_plan
+
+# Lists that begin with the same parameter: the model, its decayed and undecayed halves, a few subsets.
+_LISTS_KEPT = 16
+
+
+@dataclass(frozen=True)
+class _Entry:
+    params: tuple[weakref.ref[Tensor], ...]
+    wrapped: list[bool]
+    plan: Plan
+
+    def serves(self, params: Sequence[Tensor]) -> bool:
+        return (
+            len(params) == len(self.params)
+            and self.plan.participants.is_current
+            and all(map(is_, (ref() for ref in self.params), params))
+            and self.wrapped == wrapped(params)
+        )
+
+
+_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def plan_for(modules: list[nn.Module], params: list[Tensor]) -> Plan:
+    """The plan of these parameters, made at the first call and whenever they changed. Collective when it is made.
+
+    Args:
+        modules: modules that the user passed, which may know more of their parameters than these themselves.
+        params: all parameters, each once.
+    """
+    entries: list[_Entry] = _entries.get(params[0], []) if params else []
+    for entry in entries:
+        if entry.serves(params):
+            return entry.plan
+    for module in modules:
+        learn(module)
+    plan = make_plan(names(modules, params), params)
+    if params:
+        entry = _Entry(tuple(weakref.ref(param) for param in params), wrapped(params), plan)
+        _entries[params[0]] = [entry, *(old for old in entries if old.plan.participants.is_current)][:_LISTS_KEPT]
+    return plan

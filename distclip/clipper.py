@@ -1,0 +1,152 @@
+"""GradClipper: one model, one rule, one call per step."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distclip import engine
+from distclip.layout import learn
+from distclip.parameters import ModuleParameters, names
+from distclip.plan import Plan, make_plan
+from distclip.report import ClipReport
+from distclip.rules.base import Rule
+from distclip.rules.norm import ClipByGlobalNorm
+
+# Gradients compared to notice a second clip() of the same step.
+_WITNESSES = 8
+
+
+class GradClipper:
+    """Clips the gradients of one model by one rule, and keeps the plan and the rule's state.
+
+    Call ``clip()`` on every rank between ``backward()`` and ``optimizer.step()``. The first call, and any after the
+    model's parameters were replaced, agrees on who takes part; each costs one all-reduce at most, none where nothing
+    is sharded (one process, DDP).
+
+    Args:
+        model: the module that is trained, wrapped (DDP, FSDP) as it is trained; or a list of modules.
+        rule: a number, the largest global L2 norm, or a rule such as ``ClipByNorm(0.1)``.
+        nonfinite: what to do where any gradient of any rank holds an inf or NaN. "propagate": clip on, as torch does,
+            so that NaN and 0 reach the parameters; "raise": RuntimeError on every rank, no gradient changed; "skip":
+            drop the gradients (``.grad = None``) on every rank, so that ``optimizer.step()`` changes neither
+            parameters nor its state. The last two wait for the norm if it is on an accelerator.
+
+    Raises:
+        TypeError: ``model`` or ``rule`` is of another type.
+        ValueError: ``rule`` is a negative number or NaN, ``nonfinite`` is unknown.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> clipper = GradClipper(model, rule=1.0)
+        >>> model(torch.tensor([[3.0, 4.0]])).sum().backward()
+        >>> clipper.clip().to_dict()["total_norm"]
+        5.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[nn.Module],
+        rule: float | Rule = 1.0,
+        *,
+        nonfinite: engine.NonFinite = "propagate",
+    ) -> None:
+        self.rule = _as_rule(rule)
+        if nonfinite not in engine.NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(engine.NONFINITE)}, got {nonfinite!r}")
+        self.nonfinite: engine.NonFinite = nonfinite
+        self.report: ClipReport | None = None
+        """What the last ``clip()`` did."""
+        self.steps = 0
+        """Number of clips so far."""
+        self._params = ModuleParameters(_as_modules(model))
+        self._plan: Plan | None = None
+        self._clipped: list[tuple[weakref.ref[Tensor], int]] = []
+
+    @torch.no_grad()
+    def clip(self) -> ClipReport:
+        """Clip this step's gradients in place. Collective, on all ranks that share the model.
+
+        Returns:
+            The report, the same on every rank; also kept as ``clipper.report``.
+
+        Raises:
+            RuntimeError: a non-finite norm with ``nonfinite="raise"``; gradients that FSDP has not reduced yet.
+            TypeError: a gradient that the rule cannot be defined for (complex or sparse under ClipByValue).
+            OverflowError: ``|g|**p`` leaves float64.
+        """
+        plan = self._current_plan()
+        params = self._params.tensors
+        self._warn_if_out_of_turn(params)
+        self.report = engine.clip(plan, params, self.rule, self.nonfinite)
+        self.steps += 1
+        grads = [param.grad for param in params if param.grad is not None][:_WITNESSES]
+        self._clipped = [(weakref.ref(grad), _version(grad)) for grad in grads]
+        return self.report
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs: the rule's state and the number of steps. No side effects, the same on every rank."""
+        return {"rule": type(self.rule).__name__, "rule_state": self.rule.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume from what ``state_dict`` returned.
+
+        Raises:
+            ValueError: the state is of another rule, or not of a GradClipper.
+        """
+        missing = {"rule", "rule_state", "steps"} - state_dict.keys()
+        if missing:
+            raise ValueError(f"state_dict is not of a GradClipper: it has no {', '.join(sorted(missing))}")
+        if state_dict["rule"] != type(self.rule).__name__:
+            raise ValueError(f"state_dict is of rule {state_dict['rule']}, this clipper has {type(self.rule).__name__}")
+        self.rule.load_state_dict(state_dict["rule_state"])
+        self.steps = state_dict["steps"]
+
+    def _current_plan(self) -> Plan:
+        if self._params.changed:
+            self._params = ModuleParameters(self._params.modules)
+            self._plan = None
+        if self._plan is None or not self._plan.participants.is_current:
+            for module in self._params.modules:
+                learn(module)
+            self._plan = make_plan(names(self._params.modules, self._params.tensors), self._params.tensors)
+        return self._plan
+
+    def _warn_if_out_of_turn(self, params: list[Tensor]) -> None:
+        if self._clipped and all((grad := ref()) is not None and _version(grad) == v for ref, v in self._clipped):
+            warnings.warn(
+                "clip() ran twice on the same gradients: call it once per step, after the last backward() and before "
+                "optimizer.step().",
+                stacklevel=4,
+            )
+        trained = [param for param in params if param.requires_grad and param.numel()]
+        if trained and all(param.grad is None for param in trained):
+            warnings.warn(
+                "clip() found no gradient on this rank: call it after backward() and before zero_grad().", stacklevel=4
+            )
+
+
+def _version(grad: Tensor) -> int:
+    # Writing to a DTensor's local tensor does not show in the DTensor's own version.
+    return int(getattr(grad, "_local_tensor", grad)._version)
+
+
+def _as_rule(rule: float | Rule) -> Rule:
+    if isinstance(rule, Rule):
+        return rule
+    if isinstance(rule, bool) or not isinstance(rule, int | float):
+        raise TypeError(f"rule must be a number (the largest global L2 norm) or a Rule, got {rule!r}")
+    return ClipByGlobalNorm(rule)
+
+
+def _as_modules(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    modules = [model] if isinstance(model, nn.Module) else list(model)
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or an iterable of them, got {type(module).__name__}")
+    return modules

@@ -1,0 +1,91 @@
+"""One clip from end to end: local gradients, norms, decision, application, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from distclip.apply import clamp_, scale_
+from distclip.gradients import check_limits, local_grads
+from distclip.plan import Plan
+from distclip.reduction import measure
+from distclip.report import ClipReport
+from distclip.rules.base import Decision, Norms, Rule
+
+NonFinite = Literal["propagate", "raise", "skip"]
+NONFINITE: tuple[NonFinite, ...] = get_args(NonFinite)
+
+
+def clip(
+    plan: Plan, params: Sequence[Tensor], rule: Rule, nonfinite: NonFinite = "propagate", foreach: bool | None = None
+) -> ClipReport:
+    """Clip the gradients of ``params`` by ``rule``. Collective: at most one all-reduce.
+
+    Host syncs: none, but for ``nonfinite`` other than "propagate" on an accelerator, which waits for the norm.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``nonfinite="raise"``; on every rank, with no gradient changed.
+    """
+    for guard in plan.guards:
+        guard()
+    grads = local_grads(plan, params)
+    if rule.bounds is not None:
+        check_limits(plan, grads, rule.bounds)
+    norms = measure(plan, grads, rule)
+    found = ~norms.total.isfinite()
+    skipped = False
+    if nonfinite == "raise":
+        raise_if(found, rule.norm_type)
+    elif nonfinite == "skip":
+        skipped = bool(found)
+    decision = rule.decide(norms)
+    if skipped:
+        # Optimizers pass over parameters without gradient: no update, no decay, no step count.
+        for param in params:
+            param.grad = None
+    elif rule.bounds is None:
+        scale_(grads, decision.coefficient, foreach)
+    elif not _known_to_be_one(decision.coefficient):
+        clamp_(grads, rule.bounds, foreach)
+    return _report(plan, norms, decision, found, skipped)
+
+
+def _known_to_be_one(coefficient: Tensor | None) -> bool:
+    """Whether nothing changes, where that can be seen without waiting for a device."""
+    return coefficient is None or (coefficient.device.type == "cpu" and coefficient.item() == 1.0)
+
+
+def raise_if(found: Tensor, norm_type: float) -> None:
+    """Raise on every rank where any holds an inf or NaN."""
+    if found:
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite: on some rank a "
+            "gradient holds an inf or NaN. No gradient was changed. To clip regardless, set error_if_nonfinite=False "
+            "(GradClipper: nonfinite='propagate' or 'skip')."
+        )
+
+
+def returned(plan: Plan, norm: Tensor) -> Tensor:
+    """A norm in the dtype that users see."""
+    return norm if plan.float64 else norm.float()
+
+
+def _report(plan: Plan, norms: Norms, decision: Decision, found: Tensor, skipped: bool) -> ClipReport:
+    coefficient = torch.ones_like(norms.total)
+    if decision.coefficient is not None and decision.coefficient.numel():
+        coefficient = decision.coefficient.amin()
+    per_tensor = None
+    if norms.per_tensor is not None:
+        per_tensor = dict(zip(plan.tensors, norms.per_tensor.unbind(), strict=True))
+    return ClipReport(
+        total_norm=returned(plan, norms.total),
+        coefficient=coefficient,
+        threshold=decision.threshold,
+        clipped=coefficient < 1.0,
+        nonfinite=found,
+        skipped=torch.full_like(found, skipped),
+        per_tensor=per_tensor,
+    )

@@ -1,0 +1,138 @@
+"""torch's gradient-clipping functions, with torch's names, order and defaults, right under every layout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distclip import engine
+from distclip.apply import clamp_, scale_
+from distclip.cache import plan_for
+from distclip.gradients import check_limits, local_grads
+from distclip.layout.dtensor import is_dtensor
+from distclip.parameters import Parameters, split
+from distclip.rules.base import checked
+from distclip.rules.norm import ClipByGlobalNorm, clip_coefficient, value_bounds
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Clip the norm of all gradients together, as one process holding the whole model would.
+
+    ``g <- g * min(1, max_norm / (N + 1e-6))``, where N is the ``norm_type`` norm over all gradients of all ranks.
+    Collective over the ranks that share the model: none where nothing is sharded, else one all-reduce (the first call
+    for a model also agrees on who takes part).
+
+    Args:
+        parameters: a module (or several), a tensor, or an iterable of tensors whose ``.grad`` is clipped. A tensor
+            given twice counts once. Pass an FSDP1 model itself, at least once.
+        max_norm: at least 0; inf measures and changes nothing.
+        norm_type: any p above 0, or inf.
+        error_if_nonfinite: raise, on every rank, if the norm is inf or NaN.
+        foreach: as in torch; True raises where the device has no foreach kernels.
+
+    Returns:
+        N before clipping: a plain 0-d float32 tensor (float64 if all parameters are), the same on every rank, on the
+        device of the first gradient. If it exceeds float32 it is returned as inf, and clipping is right all the same.
+
+    Raises:
+        ValueError: ``max_norm`` is negative or NaN, ``norm_type`` is not above 0.
+        TypeError: ``parameters`` holds something else than tensors and modules, or a gradient is not dense or COO.
+        RuntimeError: ``error_if_nonfinite`` and the norm is not finite; gradients that FSDP has not reduced yet;
+            parameters of an FSDP1 model that distclip has never seen.
+        OverflowError: ``|g|**norm_type`` leaves float64.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_grad_norm_([weight], max_norm=1.0)
+        tensor(5.)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+
+    References:
+        ``torch.nn.utils.clip_grad_norm_``; Pascanu et al. (arXiv 1211.5063).
+    """
+    rule = ClipByGlobalNorm(max_norm, norm_type)
+    modules, params = split(parameters)
+    plan = plan_for(modules, params)
+    nonfinite: engine.NonFinite = "raise" if error_if_nonfinite else "propagate"
+    return engine.clip(plan, params, rule, nonfinite, foreach).total_norm
+
+
+@torch.no_grad()
+def grad_norm(
+    parameters: Parameters,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The norm that ``clip_grad_norm_`` would return; changes nothing.
+
+    Collective, arguments, result and errors as there. (``torch.nn.utils.get_total_norm`` takes the gradients instead.)
+    """
+    return clip_grad_norm_(parameters, math.inf, norm_type, error_if_nonfinite, foreach)
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    total_norm: Tensor | float,
+    foreach: bool | None = None,
+) -> None:
+    """Scale the gradients by ``min(1, max_norm / (total_norm + 1e-6))``, the second half of ``clip_grad_norm_``.
+
+    No communication, but for the first call for a model.
+
+    Args:
+        parameters: as for ``clip_grad_norm_``.
+        max_norm: at least 0; inf changes nothing.
+        total_norm: the norm as ``grad_norm`` returned it, the same on every rank. A DTensor is reduced first.
+        foreach: as for ``clip_grad_norm_``.
+
+    Raises:
+        ValueError: ``max_norm`` is negative or NaN.
+        TypeError: as for ``clip_grad_norm_``.
+    """
+    max_norm = checked("max_norm", max_norm)
+    modules, params = split(parameters)
+    norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm)
+    norm = (norm.full_tensor() if is_dtensor(norm) else norm).double()
+    grads = local_grads(plan_for(modules, params), params)
+    scale_(grads, clip_coefficient(max_norm, norm), foreach)
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: Parameters,
+    clip_value: float | tuple[float, float],
+    foreach: bool | None = None,
+) -> None:
+    """Limit every gradient element: ``g <- max(min(g, hi), lo)``; NaN stays NaN.
+
+    No communication, but for the first call for a model.
+
+    Args:
+        parameters: as for ``clip_grad_norm_``.
+        clip_value: c, at least 0, for the bounds -c and c; or a pair (lo, hi).
+        foreach: as for ``clip_grad_norm_``.
+
+    Raises:
+        ValueError: ``clip_value`` is negative or NaN, or lo > hi.
+        TypeError: as for ``clip_grad_norm_``; a complex gradient; a sparse one if 0 lies outside the bounds.
+    """
+    bounds = value_bounds(clip_value)
+    modules, params = split(parameters)
+    plan = plan_for(modules, params)
+    grads = local_grads(plan, params)
+    check_limits(plan, grads, bounds)
+    clamp_(grads, bounds, foreach)

@@ -1,0 +1,32 @@
+"""What the kernels of every device share."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+WIDE = frozenset({torch.float64, torch.complex128})
+
+
+def by_dtype(tensors: Iterable[Tensor]) -> Iterator[tuple[torch.dtype, list[int]]]:
+    """The places of the tensors of each dtype: foreach kernels take one dtype at a time."""
+    places: dict[torch.dtype, list[int]] = defaultdict(list)
+    for place, tensor in enumerate(tensors):
+        places[tensor.dtype].append(place)
+    return iter(places.items())
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real ones: the same sum of squares."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """All elements in one dimension, in any order; without a copy for every layout that leaves no gaps."""
+    if not tensor.is_contiguous():
+        axes = sorted(range(tensor.ndim), key=lambda axis: (tensor.stride(axis), tensor.size(axis)), reverse=True)
+        tensor = tensor.permute(axes)
+    return tensor.reshape(-1)

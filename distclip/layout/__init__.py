@@ -1,0 +1,54 @@
+"""Where each gradient lives: one answer per parameter, whatever laid it out.
+
+A new system is a new file with ``teach`` or ``resolve``, and a line in RESOLVERS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from distclip.layout import ddp, dtensor, fsdp1, fsdp2, plain
+from distclip.layout.base import GradLayout, Piece, RankGroup, Resolver
+
+__all__ = ["GradLayout", "Piece", "RankGroup", "layout_of", "learn", "wrapped"]
+
+# The first to answer is believed: the systems that cut a tensor before those that only replicate it.
+RESOLVERS = (
+    Resolver(teach=fsdp1.teach, resolve=fsdp1.resolve),
+    Resolver(teach=fsdp2.teach),
+    Resolver(resolve=dtensor.resolve),
+    Resolver(teach=ddp.teach),
+    Resolver(resolve=plain.resolve),
+)
+
+# What modules taught, for as long as their parameters live. By resolver, so that a wrapper put on later wins over what
+# was learned of the same parameters before.
+_learned: list[WeakIdKeyDictionary] = [WeakIdKeyDictionary() for _ in RESOLVERS]
+
+
+def learn(root: nn.Module) -> None:
+    """Remember what the modules of ``root`` tell of their parameters."""
+    for resolver, learned in zip(RESOLVERS, _learned, strict=True):
+        for param, layout in resolver.teach(root):
+            learned[param] = layout
+
+
+def layout_of(param: Tensor) -> GradLayout:
+    """The layout of a parameter's gradient.
+
+    Raises:
+        RuntimeError: the parameter belongs to a wrapper that distclip has never seen (FSDP1).
+    """
+    for resolver, learned in zip(RESOLVERS, _learned, strict=True):
+        layout: GradLayout | None = learned.get(param) or resolver.resolve(param)
+        if layout is not None:
+            return layout
+    raise AssertionError("the plain resolver answers for every tensor")
+
+
+def wrapped(params: Iterable[Tensor]) -> list[bool]:
+    """Which parameters FSDP1 has taken over: it alone changes the layout of a parameter that stays the same object."""
+    return [hasattr(param, "_fsdp_flattened") for param in params]

@@ -1,0 +1,131 @@
+"""From gradients to norms: the local sums and the one collective.
+
+A clip reads the local gradients once and, where something is sharded, runs one all-reduce (SUM) of one packed float64
+buffer over all participants; where nothing is, it does not communicate. Every statistic rides in that buffer. Maxima
+do too: each rank writes its own into a slot of its own, so that the sum of the slots holds those of all ranks, NaN
+included (which MAX loses on some backends).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distclip.gradients import LocalGrads
+from distclip.kernels import kernels_for
+from distclip.kernels.common import WIDE
+from distclip.participants import Participants, comm_device
+from distclip.plan import Plan
+from distclip.rules.base import Norms, Rule
+
+# Between these p, |g|**p of every finite bf16, fp16 and fp32 value (1e-45 to 3e38) stays inside float64, and so does
+# the p-th root of the sum.
+_SAFE_P = (0.2, 6.0)
+# A sum below this has lost digits to float64's subnormal numbers.
+_SMALLEST_SUM = 1e-290
+
+
+def measure(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule) -> Norms:
+    """The norms that ``rule`` asks for, the same bits on every participant. Collective: one all-reduce at most.
+
+    Returns:
+        Norms on the device of the first gradient (of the first parameter where this rank has none).
+
+    Raises:
+        OverflowError: ``|g|**p`` of finite gradients leaves float64; on every participant.
+    """
+    p, group = rule.norm_type, plan.participants.group
+    device = next(iter(grads), plan.device)
+    wire = device if group is None else comm_device(group, device)
+    powers, range_flags = _powers(plan, grads, p, wire)
+    sums = {"range_flags": range_flags}
+    maxima: dict[str, Tensor] = {}
+    combined = maxima if math.isinf(p) else sums
+    combined["total"] = _total(powers, p)
+    if rule.needs_per_tensor:
+        combined["per_tensor"] = powers
+    if rule.bounds is not None:
+        maxima["extremes"] = _extremes(grads, wire)
+    reduced = _all_reduce(plan.participants, sums, maxima)
+
+    if _out_of_range(plan, p, reduced):
+        raise OverflowError(
+            f"norm_type={p}: |g|**{p} of these finite gradients leaves float64 (or their norm does), so that the norm "
+            "cannot be computed. Use a norm_type nearer to 2, or inf."
+        )
+    norms = {name: values.to(device) for name, values in reduced.items()}
+    if not math.isinf(p):
+        for name in norms.keys() & {"total", "per_tensor"}:
+            norms[name] = norms[name].sqrt() if p == 2 else norms[name].pow(1.0 / p)
+    return Norms(norms["total"][0], norms.get("per_tensor"), norms.get("extremes"))
+
+
+def _powers(plan: Plan, grads: dict[torch.device, LocalGrads], p: float, wire: torch.device) -> tuple[Tensor, Tensor]:
+    """This rank's share of each tensor's ``sum(|g|**p)`` (for the inf-norm: ``max(|g|)``), and flags on their range."""
+    powers = torch.zeros(len(plan.tensors), dtype=torch.float64, device=wire)
+    flags = torch.zeros(3, dtype=torch.float64, device=wire)
+    for device, local in grads.items():
+        kernels = kernels_for(device)
+        local_powers = kernels.power_sums(local.pieces, p)
+        powers[local.places] = local_powers.to(wire)
+        if _may_leave_float64(p, local.pieces):
+            largest = kernels.power_sums(local.pieces, math.inf)
+            flags += _range_flags(local_powers, largest, p).to(wire)
+    return powers if math.isinf(p) else powers.mul_(plan.shares.to(wire)), flags
+
+
+def _total(powers: Tensor, p: float) -> Tensor:
+    if math.isinf(p) and powers.numel():
+        return powers.amax().view(1)
+    return powers.sum().view(1)
+
+
+def _extremes(grads: dict[torch.device, LocalGrads], wire: torch.device) -> Tensor:
+    """The largest of -g and of g, shape ``(2,)``."""
+    ends = torch.full((2,), -math.inf, dtype=torch.float64, device=wire)
+    for device, local in grads.items():
+        ends = torch.maximum(ends, kernels_for(device).extremes(local.pieces).to(wire))
+    return ends
+
+
+def _all_reduce(participants: Participants, sums: dict[str, Tensor], maxima: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each of ``sums`` added up, of ``maxima`` the largest, over all participants; in one collective."""
+    if participants.group is None:
+        return sums | maxima
+    added = torch.cat(list(sums.values()))
+    own = torch.cat(list(maxima.values())) if maxima else added.new_empty(0)
+    slots = added.new_zeros(len(participants), own.numel())
+    slots[participants.index] = own
+    buffer = torch.cat((added, slots.view(-1)))
+    dist.all_reduce(buffer, group=participants.group)
+    largest = buffer[added.numel() :].view_as(slots).amax(0)
+    parts = torch.cat((buffer[: added.numel()], largest)).split([v.numel() for v in (*sums.values(), *maxima.values())])
+    return dict(zip((*sums, *maxima), parts, strict=True))
+
+
+def _may_leave_float64(p: float, pieces: list[Tensor]) -> bool:
+    if math.isinf(p):
+        return False
+    return not _SAFE_P[0] <= p <= _SAFE_P[1] or any(piece.dtype in WIDE for piece in pieces)
+
+
+def _range_flags(powers: Tensor, largest: Tensor, p: float) -> Tensor:
+    """Number of tensors whose power sum overflowed, underflowed, or holds a non-finite element; shape ``(3,)``."""
+    finite = largest.isfinite()
+    overflowed = finite & ~powers.isfinite()
+    underflowed = finite & (largest > 0) & (largest.pow(p) < _SMALLEST_SUM)
+    return torch.stack((overflowed, underflowed, ~finite)).sum(1).double()
+
+
+def _out_of_range(plan: Plan, p: float, reduced: dict[str, Tensor]) -> bool:
+    # Looking at the flags waits for the device: only where float64's range can matter at all.
+    if math.isinf(p) or (_SAFE_P[0] <= p <= _SAFE_P[1] and not plan.wide):
+        return False
+    overflowed, underflowed, nonfinite = reduced["range_flags"].tolist()
+    total = reduced["total"].item()
+    norm_overflows = math.isfinite(total) and total > 0 and math.log(total) / p > math.log(1e308)
+    too_small = underflowed > 0 and total < _SMALLEST_SUM
+    return nonfinite == 0 and (overflowed > 0 or norm_overflows or too_small)

@@ -1,0 +1,42 @@
+"""What one clip did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClipReport:
+    """One clip, the same on every rank. The fields are 0-d tensors: reading none of them waits for no device."""
+
+    total_norm: Tensor
+    """Global norm before clipping, whatever the rule (L2, or the rule's ``norm_type``). Float32, or float64 where all
+    parameters are; inf where a finite norm exceeds float32, while ``nonfinite`` tells what the gradients hold."""
+    coefficient: Tensor
+    """The smallest factor applied to a gradient; float64, 1 where nothing was clipped."""
+    threshold: Tensor
+    """What the rule held the norm against; float64."""
+    clipped: Tensor
+    """Whether any gradient was scaled down or limited; bool."""
+    nonfinite: Tensor
+    """Whether any gradient holds an inf or NaN; bool."""
+    skipped: Tensor
+    """Whether this step's gradients were dropped, so that ``optimizer.step()`` changes nothing; bool."""
+    per_tensor: dict[str, Tensor] | None = None
+    """Norm of each tensor before clipping, by name; float64. Only where the rule needs them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain Python numbers. Waits for the device once."""
+        flags = ("clipped", "nonfinite", "skipped")
+        numbers = ("total_norm", "coefficient", "threshold")
+        tensors = [getattr(self, name) for name in (*numbers, *flags)] + list((self.per_tensor or {}).values())
+        values = torch.stack([tensor.double() for tensor in tensors]).tolist()
+        result: dict[str, Any] = dict(zip(numbers, values, strict=False))
+        result |= {name: bool(value) for name, value in zip(flags, values[3:], strict=False)}
+        if self.per_tensor is not None:
+            result["per_tensor"] = dict(zip(self.per_tensor, values[6:], strict=True))
+        return result

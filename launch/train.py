@@ -1,0 +1,140 @@
+"""Train a small model with clipped gradients, on one process or on many. Copy from here.
+
+All that distclip asks of a training script stands in `Training`: a GradClipper, made once the model is wrapped, and one
+call of clip() between backward() and optimizer.step(). It is the same for every --parallel.
+"""
+
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+try:
+    import checkpoint
+    import data
+    import distclip
+    import parallel
+    from comparison import TOLERANCE, Comparison
+    from models import make_model
+    from options import Options, make_rule, parse
+    from run_log import RunLog
+    from step import Step
+except ModuleNotFoundError as missing:
+    sys.exit(f"launch/train.py needs the module {missing.name}: pip install 'distclip[train]'")
+
+
+class Training:
+    """The model, its optimizer and its clipper, and how they make one step."""
+
+    def __init__(self, options: Options, examples: data.Data, job: parallel.Job) -> None:
+        torch.manual_seed(options.seed)  # the same weights on every rank, however many there are
+        self.options = options
+        self.examples = examples
+        self.job = job
+        model = make_model(examples).to(job.device)
+        self.model = parallel.WRAPPERS[options.parallel](model, job, options.precision)
+        # Not Adam: it divides by the gradients' own size, so clipping, right or wrong, would hardly show.
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=options.lr, momentum=0.9)
+        self.clipper = distclip.GradClipper(self.model, make_rule(options.rule))
+
+    def step(self, number: int) -> Step:
+        """Train on the global batch of step `number`. Every rank returns the same numbers."""
+        started = time.perf_counter()
+        loss = self.backward(number)
+        report = self.clipper.clip().to_dict()
+        # Measured for the figure; a script that needs no figure leaves this out. Norm x coefficient would be right for
+        # a global norm only, not for rules that treat each tensor or element by itself.
+        clipped_norm = distclip.grad_norm(self.model).item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Step(
+            step=number,
+            loss=parallel.global_mean(loss, self.job),
+            total_norm=report["total_norm"],
+            clipped_norm=clipped_norm,
+            coefficient=report["coefficient"],
+            threshold=report["threshold"],
+            clipped=report["clipped"],
+            nonfinite=report["nonfinite"],
+            skipped=report["skipped"],
+            lr=self.optimizer.param_groups[0]["lr"],
+            seconds=time.perf_counter() - started,
+        )
+
+    def backward(self, number: int) -> Tensor:
+        """Leave the gradient of the global batch's mean loss in .grad; return the mean loss of this rank's share."""
+        options = self.options
+        batch = data.global_batch(self.examples, options.batch, seed=options.seed, step=number)
+        parts = parallel.share(batch, self.job, options.accumulate)
+        total = torch.zeros((), device=self.job.device)
+        for index, (inputs, targets) in enumerate(parts):
+            with parallel.accumulating(self.model, last=index == len(parts) - 1):
+                with parallel.autocast(self.model, self.job, options.precision):
+                    logits = self.model(inputs)
+                loss = functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+                # The wrapper averages over the ranks; this, over the micro-batches.
+                (loss / len(parts)).backward()
+            total += loss.detach() / len(parts)
+        return total
+
+
+def train(training: Training, options: Options, job: parallel.Job) -> list[Step]:
+    """Go through the steps; rank 0 keeps a log of them. With --resume, start where the newest checkpoint stands."""
+    state = training.model, training.optimizer, training.clipper
+    after = checkpoint.load_newest(options.checkpoint, *state) if options.checkpoint and options.resume else 0
+    steps = []
+    log = RunLog(options.out, after=after, total=options.steps) if job.rank == 0 else None
+    with log or nullcontext():
+        for number in range(after + 1, options.steps + 1):
+            steps.append(training.step(number))
+            if log:
+                log.write(steps[-1])
+            if options.checkpoint and (number == options.steps or number % (options.save_every or options.steps) == 0):
+                checkpoint.save_step(options.checkpoint, number, *state)
+    if log:
+        log.finish(f"{options.model}, {options.parallel} on {job.world}, {options.rule}")
+    return steps
+
+
+def train_alone(options: Options, examples: data.Data, job: parallel.Job) -> tuple[list[Step], dict[str, Tensor]]:
+    """The same steps on this process alone, each on the whole batch at once; what --compare holds against the ranks."""
+    alone = replace(options, parallel="single", accumulate=1)
+    training = Training(alone, examples, replace(job, world=1))
+    steps = [training.step(number) for number in range(1, options.steps + 1)]
+    return steps, parallel.full_parameters(training.model, job)
+
+
+def main() -> int:
+    """Train, show the run and, with --compare, check it. Returns the exit status."""
+    options = parse()
+    try:
+        examples = data.load(options.data, options.text)
+    except (OSError, ValueError) as mistake:
+        sys.exit(f"--text {options.text}: {mistake}")
+    job = parallel.start(options.parallel)
+    training = Training(options, examples, job)
+    steps = train(training, options, job)
+    parameters = parallel.full_parameters(training.model, job) if options.compare else {}
+    # The other ranks are done. Rank 0 compares without them, so that none waits at a barrier that could time out.
+    parallel.stop()
+    if job.rank > 0 or not options.compare:
+        return 0
+    print(f"Training the same {options.steps} steps again on one process ...", flush=True)
+    steps_alone, parameters_alone = train_alone(options, examples, job)
+    comparison = Comparison.of((steps, parameters), (steps_alone[-len(steps) :], parameters_alone))
+    print(comparison)
+    if options.precision == "bf16":
+        print("bf16 rounds coarsely, so these are shown and not judged.")
+        return 0
+    print(
+        "The same but for rounding." if comparison.agrees else f"NOT the same: rounding explains {TOLERANCE:g} at most."
+    )
+    return 0 if comparison.agrees else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
