@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +16,7 @@ from distclip.plan import Plan, make_plan
 from distclip.report import ClipReport
 from distclip.rules.base import Rule
 from distclip.rules.norm import ClipByGlobalNorm
+from distclip.warning import warn
 
 # Gradients compared to notice a second clip() of the same step.
 _WITNESSES = 8
@@ -119,16 +119,13 @@ class GradClipper:
 
     def _warn_if_out_of_turn(self, params: list[Tensor]) -> None:
         if self._clipped and all((grad := ref()) is not None and _version(grad) == v for ref, v in self._clipped):
-            warnings.warn(
+            warn(
                 "clip() ran twice on the same gradients: call it once per step, after the last backward() and before "
                 "optimizer.step().",
-                stacklevel=4,
             )
         trained = [param for param in params if param.requires_grad and param.numel()]
         if trained and all(param.grad is None for param in trained):
-            warnings.warn(
-                "clip() found no gradient on this rank: call it after backward() and before zero_grad().", stacklevel=4
-            )
+            warn("clip() found no gradient on this rank: call it after backward() and before zero_grad().")
 
 
 def _version(grad: Tensor) -> int:

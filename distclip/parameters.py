@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import types
-import warnings
 from collections.abc import Iterable, Iterator
 from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from distclip.warning import warn
 
 Named = list[tuple[str, Tensor]]
 Parameters = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Module]
@@ -54,11 +55,10 @@ def _listed(parameters: Any) -> list[Any]:
 
 def _warn_empty(parameters: object) -> None:
     exhausted = isinstance(parameters, types.GeneratorType)
-    warnings.warn(
+    warn(
         "parameters is an empty generator, perhaps used up by an earlier call: pass a list or the model. "
         if exhausted
         else "parameters is empty: nothing to clip, the norm is 0.",
-        stacklevel=4,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from distclip.groups import comm_device, made_group
 from distclip.layout import RankGroup
 
 
@@ -58,7 +59,7 @@ def connect(groups: Iterable[RankGroup], device: torch.device) -> Participants:
     elif ranks in unique:
         reduce_group = unique[ranks].group
     else:
-        reduce_group = _made_group(ranks, world)
+        reduce_group = made_group(ranks)
     return Participants(ranks, ranks.index(dist.get_rank()), reduce_group, weakref.ref(world))
 
 
@@ -81,28 +82,3 @@ def _closure(groups: list[RankGroup], device: torch.device) -> tuple[int, ...]:
                 unfinished.append(group)
         pending = unfinished
     return tuple(facts[0].nonzero().flatten().tolist())
-
-
-_made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _made_group(ranks: tuple[int, ...], world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group for ranks that no existing group spans, made once per job. Needs its members only."""
-    made = _made.setdefault(world, {})
-    if ranks not in made:
-        made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return made[ranks]
-
-
-def comm_device(group: dist.ProcessGroup, preferred: torch.device) -> torch.device:
-    """The device whose tensors ``group`` reduces: ``preferred`` if its backend serves that, else one that it does."""
-    supported = {device.type for device in group._device_types}
-    if preferred.type in supported:
-        return preferred
-    if "cpu" in supported:
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())

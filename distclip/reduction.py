@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip.gradients import LocalGrads
+from distclip.groups import comm_device
 from distclip.kernels import kernels_for
 from distclip.kernels.common import WIDE
-from distclip.participants import Participants, comm_device
+from distclip.participants import Participants
 from distclip.plan import Plan
 from distclip.rules.base import Norms, Rule
 

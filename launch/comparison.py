@@ -9,44 +9,57 @@ from torch import Tensor
 
 from step import Step
 
+#: What a run trained: its steps and its final parameters.
 Run = tuple[Sequence[Step], Mapping[str, Tensor]]
 
-#: What fp32 may differ by, in the norms (relative) and the parameters. The two runs add the same numbers in another
-#: order, which costs 1e-7 a step and grows as training goes on: to 1e-4 in 80 steps with the default settings.
-#: A norm that misses a shard, or counts one twice, is off by 1e-1 and more from the first step on.
-TOLERANCE = 1e-3
+#: What rounding may do to the norms (relative) and to the parameters (absolute). The two runs add the same numbers in
+#: another order. In fp32 that costs 1e-7 a step and grows as training goes on, to 1e-4 in 80 steps with the default
+#: settings; a norm that misses a shard, or counts one twice, is off by 1e-1 from the first step on. In bf16 the
+#: rounding errors are as large as that: the differences are shown and not judged.
+TOLERANCE = {"fp32": 1e-3, "bf16": math.inf}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest differences between the run of all ranks (`here`) and the same run on one process (`alone`)."""
+    """The largest differences between a run on many ranks ("here") and the same on one process ("alone")."""
 
     norm: float
     norm_at: tuple[Step, Step]
     parameter: float
     parameter_at: str
+    tolerance: float
 
     @classmethod
-    def of(cls, here: Run, alone: Run) -> Self:
-        """Compare the norms before clipping of every step, and every element of the final parameters."""
-        pairs = list(zip(here[0], alone[0], strict=True))
+    def between(cls, here: Run, alone: Run, *, precision: str) -> Self:
+        """Compare the norm before clipping of every step, and every element of the final parameters.
+
+        A run that was resumed has only the steps since then; alone, all steps are trained.
+        """
+        pairs = list(zip(here[0], alone[0][-len(here[0]) :], strict=True))
         norms = [_relative_difference(one.total_norm, other.total_norm) for one, other in pairs]
-        parameters = {name: _largest(tensor - alone[1][name]) for name, tensor in here[1].items()}
-        worst_parameter = max(parameters, key=parameters.__getitem__)
-        return cls(max(norms), pairs[norms.index(max(norms))], parameters[worst_parameter], worst_parameter)
+        elements = {name: _largest(tensor - alone[1][name]) for name, tensor in here[1].items()}
+        worst_step = norms.index(max(norms))
+        worst_name = max(elements, key=elements.__getitem__)
+        return cls(norms[worst_step], pairs[worst_step], elements[worst_name], worst_name, TOLERANCE[precision])
 
     @property
     def agrees(self) -> bool:
-        """Whether two runs in fp32 are the same training."""
-        return max(self.norm, self.parameter) <= TOLERANCE
+        """Whether rounding explains the differences."""
+        return self.norm <= self.tolerance and self.parameter <= self.tolerance
 
     def __str__(self) -> str:
         here, alone = self.norm_at
+        if math.isinf(self.tolerance):
+            verdict = "not judged: rounding in this precision can explain differences of any size"
+        elif self.agrees:
+            verdict = f"the same training: rounding explains differences up to {self.tolerance:g}"
+        else:
+            verdict = f"NOT the same training: rounding explains differences up to {self.tolerance:g} only"
+        norms = f"step {here.step}: {here.total_norm:.7g} here, {alone.total_norm:.7g} alone"
         return (
-            "Largest differences to one process that trains on the whole batch\n"
-            f"  gradient norm:     {self.norm:.1e} of the norm (step {here.step}: {here.total_norm:.7g} here, "
-            f"{alone.total_norm:.7g} alone)\n"
-            f"  final parameters:  {self.parameter:.1e} (in {self.parameter_at})"
+            f"largest difference between the gradient norms:    {self.norm:.1e} of the norm ({norms})\n"
+            f"largest difference between the final parameters:  {self.parameter:.1e} (in {self.parameter_at})\n"
+            f"{verdict}"
         )
 
 
@@ -54,7 +67,7 @@ def _relative_difference(here: float, alone: float) -> float:
     if here == alone or (math.isnan(here) and math.isnan(alone)):
         return 0.0
     difference = abs(here - alone) / alone if alone else math.inf
-    return difference if math.isfinite(difference) else math.inf
+    return math.inf if math.isnan(difference) else difference
 
 
 def _largest(differences: Tensor) -> float:

@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import progress
 from rich.console import Console
@@ -29,7 +30,7 @@ class Progress:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task("", total=total, **dict.fromkeys(FIELDS, "-"))
+        self.task = self.bar.add_task("", total=total, **_fields("-" for _ in FIELDS))
         self.start = self.bar.start
         self.stop = self.bar.stop
 
@@ -37,11 +38,15 @@ class Progress:
         """The run so far."""
         last = steps[-1]
         numbers = f"{last.loss:.3f}", f"{last.total_norm:.3g}", f"{last.coefficient:.3f}", f"{clipped_share(steps):.0%}"
-        fields = dict(zip(FIELDS, numbers, strict=True))
+        fields = _fields(numbers)
         self.bar.update(self.task, completed=last.step, **fields)
         due = last.step == self.total or last.step % max(1, self.total // 10) == 0
         if due and not self.console.is_terminal:
             print(f"step {last.step}/{self.total}", *(f"{name} {number}" for name, number in fields.items()), sep="  ")
+
+
+def _fields(values: Iterable[str]) -> dict[str, Any]:
+    return dict(zip(FIELDS, values, strict=True))
 
 
 def clipped_share(steps: Sequence[Step]) -> float:

@@ -1,5 +1,6 @@
 """How --parallel spreads one model over the ranks. A new way is one function and one line in WRAPPERS."""
 
+import gc
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -58,8 +59,13 @@ def start(parallel: str) -> Job:
 
 
 def stop() -> None:
-    """Leave the ranks; what follows runs on this process alone."""
+    """Leave the ranks, all together; what follows runs on this process alone."""
     if dist.is_initialized():
+        # A gloo thread (torch 2.13) lets go of a collective's tensors a moment after it is done, and aborts the process
+        # if Python exits in that moment. Destroying the group waits for its threads, but only if no model holds the
+        # group any more; wrapped models sit in reference cycles. Else the barrier, which has no tensors, gives it time.
+        gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -41,9 +41,9 @@ class RunLog:
         self.file.write(f"{step.to_json()}\n")
         self.progress.show(self.steps)
 
-    def finish(self, title: str) -> None:
+    def finish(self, title: str, *, draw_threshold: bool) -> None:
         """Draw the figure and print the table."""
-        save_figure(self.steps, self.picture, title=title)
+        save_figure(self.steps, self.picture, title=title, draw_threshold=draw_threshold)
         self.console.print(closing_table(self.steps, title=title, files=(self.lines, self.picture)))
 
 

@@ -30,7 +30,8 @@ class Step:
     def from_json(cls, line: str) -> Self:
         """The step that `to_json` wrote."""
         values: dict[str, Any] = json.loads(line)
-        return cls(**{name: float(value) if isinstance(value, str) else value for name, value in values.items()})
+        values |= {name: float(value) for name, value in values.items() if isinstance(value, str)}
+        return cls(**values)
 
 
 def _json_value(value: float) -> float | str:

@@ -18,7 +18,7 @@ try:
     import data
     import distclip
     import parallel
-    from comparison import TOLERANCE, Comparison
+    from comparison import Comparison, Run
     from models import make_model
     from options import Options, make_rule, parse
     from run_log import RunLog
@@ -48,7 +48,7 @@ class Training:
         report = self.clipper.clip().to_dict()
         # Measured for the figure; a script that needs no figure leaves this out. Norm x coefficient would be right for
         # a global norm only, not for rules that treat each tensor or element by itself.
-        clipped_norm = distclip.grad_norm(self.model).item()
+        clipped_norm = distclip.grad_norm(self.model, getattr(self.clipper.rule, "norm_type", 2.0)).item()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return Step(
@@ -82,28 +82,30 @@ class Training:
         return total
 
 
-def train(training: Training, options: Options, job: parallel.Job) -> list[Step]:
-    """Go through the steps; rank 0 keeps a log of them. With --resume, start where the newest checkpoint stands."""
+def train(options: Options, examples: data.Data, job: parallel.Job) -> Run:
+    """Go through the steps, on all ranks alike. With --resume, start where the newest checkpoint stands."""
+    training = Training(options, examples, job)
     state = training.model, training.optimizer, training.clipper
     after = checkpoint.load_newest(options.checkpoint, *state) if options.checkpoint and options.resume else 0
-    steps = []
-    log = RunLog(options.out, after=after, total=options.steps) if job.rank == 0 else None
-    with log or nullcontext():
+    steps: list[Step] = []
+    with RunLog(options.out, after=after, total=options.steps) if job.rank == 0 else nullcontext() as log:
         for number in range(after + 1, options.steps + 1):
             steps.append(training.step(number))
             if log:
                 log.write(steps[-1])
-            if options.checkpoint and (number == options.steps or number % (options.save_every or options.steps) == 0):
+            if options.checkpoint and _save_due(options, number):
                 checkpoint.save_step(options.checkpoint, number, *state)
     if log:
-        log.finish(f"{options.model}, {options.parallel} on {job.world}, {options.rule}")
-    return steps
+        # The threshold of these two is one for each tensor or element: it has no place beside the whole norm.
+        each = isinstance(training.clipper.rule, distclip.ClipByNorm | distclip.ClipByValue)
+        title = f"{options.model}, {options.parallel} on {_ranks(job.world)}, {options.rule}"
+        log.finish(title, draw_threshold=not each)
+    return steps, parallel.full_parameters(training.model, job) if options.compare else {}
 
 
-def train_alone(options: Options, examples: data.Data, job: parallel.Job) -> tuple[list[Step], dict[str, Tensor]]:
+def train_alone(options: Options, examples: data.Data, job: parallel.Job) -> Run:
     """The same steps on this process alone, each on the whole batch at once; what --compare holds against the ranks."""
-    alone = replace(options, parallel="single", accumulate=1)
-    training = Training(alone, examples, replace(job, world=1))
+    training = Training(replace(options, parallel="single", accumulate=1), examples, replace(job, world=1))
     steps = [training.step(number) for number in range(1, options.steps + 1)]
     return steps, parallel.full_parameters(training.model, job)
 
@@ -116,24 +118,23 @@ def main() -> int:
     except (OSError, ValueError) as mistake:
         sys.exit(f"--text {options.text}: {mistake}")
     job = parallel.start(options.parallel)
-    training = Training(options, examples, job)
-    steps = train(training, options, job)
-    parameters = parallel.full_parameters(training.model, job) if options.compare else {}
-    # The other ranks are done. Rank 0 compares without them, so that none waits at a barrier that could time out.
+    here = train(options, examples, job)
+    # Then the other ranks are done. Rank 0 compares without them, so that none waits so long that it times out.
     parallel.stop()
     if job.rank > 0 or not options.compare:
         return 0
     print(f"Training the same {options.steps} steps again on one process ...", flush=True)
-    steps_alone, parameters_alone = train_alone(options, examples, job)
-    comparison = Comparison.of((steps, parameters), (steps_alone[-len(steps) :], parameters_alone))
+    comparison = Comparison.between(here, train_alone(options, examples, job), precision=options.precision)
     print(comparison)
-    if options.precision == "bf16":
-        print("bf16 rounds coarsely, so these are shown and not judged.")
-        return 0
-    print(
-        "The same but for rounding." if comparison.agrees else f"NOT the same: rounding explains {TOLERANCE:g} at most."
-    )
     return 0 if comparison.agrees else 1
+
+
+def _save_due(options: Options, number: int) -> bool:
+    return number == options.steps or (options.save_every is not None and number % options.save_every == 0)
+
+
+def _ranks(world: int) -> str:
+    return "1 rank" if world == 1 else f"{world} ranks"
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from distclip.kernels.common import WIDE, by_dtype, flat, real
 
-# Elements summed in float32 before float64 takes over; a tensor no longer than that is one row.
-_ROW = 4096
+# Elements summed in float32 before float64 takes over: longer rows of equal values round to one side by over 1e-6.
+_ROW = 512
+# Up to this length a tensor is cheaper to sum in float64 than to cut into rows.
+_SHORT = 16 * _ROW
 # Elements converted to a wider dtype at a time: what bounds the extra memory.
-_BLOCK = 64 * _ROW
+_BLOCK = 512 * _ROW
 _TINY32 = torch.finfo(torch.float32).tiny
 
 
@@ -36,11 +38,12 @@ def _squares(tensors: list[Tensor]) -> Tensor:
     parts = [real(tensor) for tensor in tensors]
     numels = torch.tensor([part.numel() for part in parts])
     sums = torch.empty(len(parts), dtype=torch.float64)
-    short = (numels <= _ROW).nonzero().flatten().tolist()
-    if short:
-        norms = torch._foreach_norm([parts[place] for place in short], 2.0, dtype=torch.float32)
-        sums[short] = torch.stack(norms).double().square_()
-    for place in (numels > _ROW).nonzero().flatten().tolist():
+    for chosen, dtype in ((numels <= _ROW, torch.float32), ((numels > _ROW) & (numels <= _SHORT), torch.float64)):
+        places = chosen.nonzero().flatten().tolist()
+        if places:
+            norms = torch._foreach_norm([parts[place] for place in places], 2.0, dtype=dtype)
+            sums[places] = torch.stack(norms).double().square_()
+    for place in (numels > _SHORT).nonzero().flatten().tolist():
         sums[place] = _row_squares(parts[place])
     # A square below float32's range may count as 0: that matters only where the whole sum is hardly larger.
     trusted = sums.isfinite() & (sums >= numels * (_TINY32 * 1e9))

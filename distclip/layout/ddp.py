@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.layout.base import GradLayout, Piece, RankGroup
+from distclip.warning import warn
 
 
 def teach(root: nn.Module) -> Iterator[tuple[Tensor, GradLayout]]:
@@ -27,9 +27,8 @@ def _warn_if_not_averaged(module: weakref.ref[DistributedDataParallel]) -> None:
     # forward() clears require_forward_param_sync when it ran under no_sync(): the backward that followed kept its
     # gradients to itself.
     if ddp is not None and not (ddp.require_backward_grad_sync and ddp.require_forward_param_sync):
-        warnings.warn(
+        warn(
             "DDP has not averaged these gradients over the ranks: the last forward ran under no_sync() or no_grad(). "
             "Norm and clipping differ from rank to rank. Clip after the last micro-batch, whose forward and backward "
             "run outside no_sync().",
-            stacklevel=2,
         )

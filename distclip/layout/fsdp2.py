@@ -42,14 +42,17 @@ def _param_groups(module: nn.Module) -> list[Any]:
     return list(groups)
 
 
+def _holds_unsharded(fsdp_param: Any) -> bool:
+    # The unsharded parameter is made at the first forward.
+    unsharded = getattr(fsdp_param, "_unsharded_param", None)
+    return fsdp_param.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
+
+
 def _check_reduced(group_ref: weakref.ref[Any]) -> None:
     group = group_ref()
     if group is None:
         return
-    waiting = group._partial_reduce_output is not None or any(
-        fsdp_param.unsharded_accumulated_grad is not None for fsdp_param in group.fsdp_params
-    )
-    if waiting:
+    if group._partial_reduce_output is not None or any(map(_holds_unsharded, group.fsdp_params)):
         raise RuntimeError(
             "FSDP2 still holds gradients that are not reduced over the ranks: clip() ran between accumulation steps. "
             "Call set_requires_gradient_sync(True) (and set_requires_all_reduce(True) under HSDP) before the last "

@@ -38,7 +38,10 @@ def parse(text: str) -> Rule:
         if key.strip() not in known:
             raise ValueError(f"rule {text!r}: unknown option {key.strip()!r}{_closest(key.strip(), known)}")
         arguments[key.strip()] = _number(text, value)
-    return rule(_number(text, threshold), **arguments)
+    try:
+        return rule(_number(text, threshold), **arguments)
+    except TypeError as error:
+        raise ValueError(f"rule {text!r}: {error}") from None
 
 
 def _number(text: str, value: str) -> float | tuple[float, ...]:

@@ -1,0 +1,109 @@
+"""How many collectives a clip costs under every layout, and that nobody waits for ranks that take no part."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import distclip
+from tests import oracle
+from tests.collectives import recorded_collectives
+from tests.layouts import LAYOUTS, Layout, backward, build
+from tests.nets import loss_of, make_batch, make_net
+from tests.ranks import ranks, run_ranks
+
+
+def count(layout: Layout, rule: distclip.Rule) -> list[list[str]]:
+    model = build(layout)
+    clipper = distclip.GradClipper(model, rule)
+    counted = []
+    for _ in range(3):
+        for param in model.parameters():
+            param.grad = None
+        backward(layout, model)
+        with recorded_collectives() as names:
+            clipper.clip()
+        counted.append(list(names))
+    return counted
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [distclip.ClipByGlobalNorm(1.0), distclip.ClipByGlobalNorm(1.0, float("inf")), distclip.ClipByValue((-0.1, 0.2))],
+    ids=["global", "inf", "value"],
+)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_collectives_of_one_clip(layout: Layout, rule: distclip.Rule) -> None:
+    for counted in run_ranks(count, layout.world_sizes[-1], layout, rule):
+        first, *later = counted
+        assert later == [["allreduce_"] * layout.collectives] * 2
+        # The first clip also agrees on who takes part: where nothing is sharded there is nothing to agree on.
+        assert len(first) >= layout.collectives
+        assert (layout.collectives > 0) or first == []
+
+
+@ranks(2)
+def test_drop_in_functions_keep_the_plan() -> None:
+    model = build(LAYOUTS["fsdp2"])
+    distclip.grad_norm(model)
+    with recorded_collectives() as names:
+        norm = distclip.grad_norm(model.parameters())
+        distclip.clip_grads_with_norm_(model.parameters(), 1.0, norm)
+        distclip.clip_grad_value_(model, 0.1)
+    assert names == ["allreduce_"]
+
+
+def fsdp2_on(mesh: DeviceMesh) -> nn.Module:
+    net = make_net()
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return net
+
+
+@ranks(4)
+def test_two_models_on_two_halves_do_not_wait_for_each_other(world_size: int) -> None:
+    halves = init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "shard"))
+    rank = dist.get_rank()
+    model = fsdp2_on(halves["shard"])
+    if rank >= 2:
+        # The second half never clips: the first must not notice.
+        return
+    tokens, targets = make_batch()
+    loss_of(model, (tokens[rank::2], targets[rank::2])).backward()
+    before = oracle.norm(oracle.whole_grads(model))
+    assert distclip.clip_grad_norm_(model, 1.0).item() == pytest.approx(before, rel=1e-6)
+
+
+@ranks(4)
+def test_hsdp_on_part_of_the_job_makes_its_group_once() -> None:
+    """Three ranks' worth of groups never span a 2 x 2 mesh: the group that does is made by its members alone."""
+    groups = dist.get_world_size()
+    assert groups == 4
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = fsdp2_on(mesh)
+    tokens, targets = make_batch()
+    loss_of(model, (tokens[dist.get_rank() :: 4], targets[dist.get_rank() :: 4])).backward()
+    before = oracle.norm(oracle.whole_grads(model))
+    for _ in range(2):
+        assert distclip.grad_norm(model).item() == pytest.approx(before, rel=1e-6)
+
+
+@ranks(4)
+def test_one_block_on_hsdp_another_on_fsdp() -> None:
+    """Meshes of different shapes in one model: each tensor is divided by its own number of holders."""
+    flat = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    first, second = make_net().blocks
+    fully_shard(first, mesh=flat)
+    fully_shard(second, mesh=grid)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(6, 5, generator=generator)
+    (second(first(x)) ** 2).sum().backward()
+    grads = [p.grad for block in (first, second) for p in block.parameters()]
+    whole = [grad.full_tensor() for grad in grads if isinstance(grad, DTensor)]
+    truth = oracle.norm({str(place): grad.double().numpy() for place, grad in enumerate(whole)})
+    assert distclip.grad_norm([first, second]).item() == pytest.approx(truth, rel=1e-6)
