@@ -31,18 +31,16 @@ class Progress:
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("", total=total, **_fields("-" for _ in FIELDS))
-        self.start = self.bar.start
-        self.stop = self.bar.stop
 
     def show(self, steps: Sequence[Step]) -> None:
         """The run so far."""
         last = steps[-1]
-        numbers = f"{last.loss:.3f}", f"{last.total_norm:.3g}", f"{last.coefficient:.3f}", f"{clipped_share(steps):.0%}"
-        fields = _fields(numbers)
+        share = f"{clipped_share(steps):.0%}"
+        fields = _fields((f"{last.loss:.3f}", f"{last.total_norm:.3g}", f"{last.coefficient:.3f}", share))
         self.bar.update(self.task, completed=last.step, **fields)
         due = last.step == self.total or last.step % max(1, self.total // 10) == 0
         if due and not self.console.is_terminal:
-            print(f"step {last.step}/{self.total}", *(f"{name} {number}" for name, number in fields.items()), sep="  ")
+            print(f"step {last.step}/{self.total}", *map(" ".join, fields.items()), sep="  ", flush=True)
 
 
 def _fields(values: Iterable[str]) -> dict[str, Any]:

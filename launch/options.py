@@ -93,8 +93,8 @@ def _check(options: Options, *, world: int) -> None:
     parts = world * options.accumulate
     if options.batch % parts:
         raise ValueError(
-            f"--batch {options.batch} cannot be divided evenly over {world} ranks x --accumulate {options.accumulate}"
-            f" = {parts} parts: try --batch {parts * max(1, round(options.batch / parts))}"
+            f"--batch {options.batch} must be divisible by ranks x --accumulate = {world} x {options.accumulate}: "
+            f"try --batch {parts * max(1, round(options.batch / parts))}"
         )
     if not options.checkpoint and (options.save_every or options.resume):
         raise ValueError("--save-every and --resume need --checkpoint DIR")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -50,10 +51,11 @@ def start(parallel: str) -> Job:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # let fp32 mean fp32: an LSTM in TF32 is right to 1e-3 only
     if parallel != "single":
         backend = "nccl" if on_gpu else "gloo"
         # Without torchrun there is no rendezvous in the environment; a job of one rank needs none.
-        store = None if "RANK" in os.environ else dist.HashStore()  # type: ignore[attr-defined]  # documented, but missing from __all__
+        store = None if "RANK" in os.environ else dist.HashStore()  # type: ignore[attr-defined]  # not in __all__
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=device if on_gpu else None)
     return Job(rank, world, device)
 
@@ -155,6 +157,4 @@ def full_parameters(model: nn.Module, job: Job) -> dict[str, Tensor]:
     """The whole model's parameters under their plain names; complete on rank 0 at least. All ranks must call."""
     # On the CPU there is nothing to offload, and FSDP1 (torch 2.13) crashes when asked to.
     options = StateDictOptions(full_state_dict=True, cpu_offload=job.device.type != "cpu")
-    return {
-        name: value for name, value in get_model_state_dict(model, options=options).items() if torch.is_tensor(value)
-    }
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))

@@ -26,13 +26,13 @@ class RunLog:
 
     def __enter__(self) -> Self:
         self.file = self.lines.open("a", buffering=1)  # line-buffered: `tail -f` follows the run
-        self.progress.start()
+        self.progress.bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        self.progress.bar.stop()
         self.file.close()
 
     def write(self, step: Step) -> None:

@@ -10,6 +10,10 @@ import torch
 import torch.distributed as dist
 
 
+# Doctests are looked for in every module; that of the forkserver works in the forkserver alone.
+collect_ignore = ["ranks/preload.py"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
