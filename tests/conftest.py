@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-
 # Doctests are looked for in every module; that of the forkserver works in the forkserver alone.
 collect_ignore = ["ranks/preload.py"]
 
