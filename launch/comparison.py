@@ -37,7 +37,7 @@ class Comparison:
         """
         pairs = list(zip(here[0], alone[0][-len(here[0]) :], strict=True))
         norms = [_relative_difference(one.total_norm, other.total_norm) for one, other in pairs]
-        elements = {name: _largest(tensor - alone[1][name]) for name, tensor in here[1].items()}
+        elements = {name: _largest_difference(tensor, alone[1][name]) for name, tensor in here[1].items()}
         worst_step = norms.index(max(norms))
         worst_name = max(elements, key=elements.__getitem__)
         return cls(norms[worst_step], pairs[worst_step], elements[worst_name], worst_name, TOLERANCE[precision])
@@ -70,5 +70,6 @@ def _relative_difference(here: float, alone: float) -> float:
     return math.inf if math.isnan(difference) else difference
 
 
-def _largest(differences: Tensor) -> float:
-    return differences.abs().nan_to_num(nan=math.inf).max().item()
+def _largest_difference(here: Tensor, alone: Tensor) -> float:
+    equal = (here == alone) | (here.isnan() & alone.isnan())
+    return (here - alone).abs().nan_to_num(nan=math.inf).masked_fill(equal, 0).max().item()

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from step import Step
 
 # From Okabe and Ito's palette, which colour-blind readers can tell apart too.
 BEFORE, AFTER = "#D55E00", "#0072B2"
+#: A range of more decades than this one is wide.
+WIDE = 2.0
 
 
 def save_figure(steps: Sequence[Step], path: Path, *, title: str, draw_threshold: bool) -> None:
@@ -24,13 +26,18 @@ def save_figure(steps: Sequence[Step], path: Path, *, title: str, draw_threshold
     for axes in (loss_axes, norm_axes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    norm_axes.set_xlim(steps[0].step - 1, steps[-1].step + 1)  # also where the last steps are not finite
+    norm_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()
     figure.savefig(path, dpi=200)
 
 
 def _draw_loss(axes: Axes, steps: Sequence[Step]) -> None:
-    axes.plot([step.step for step in steps], [step.loss for step in steps], color="#444444", linewidth=1.4)
+    losses = [step.loss for step in steps]
+    axes.plot([step.step for step in steps], losses, color="#444444", linewidth=1.4)
     axes.set_ylabel("loss")
+    if _decades(losses) > WIDE:
+        axes.set_yscale("log")
 
 
 def _draw_norms(axes: Axes, steps: Sequence[Step], *, draw_threshold: bool) -> None:
@@ -46,10 +53,17 @@ def _draw_norms(axes: Axes, steps: Sequence[Step], *, draw_threshold: bool) -> N
     if draw_threshold and any(math.isfinite(step.threshold) for step in steps):
         axes.plot(numbers, [step.threshold for step in steps], "--", color="black", linewidth=0.9, label="threshold")
     axes.set_yscale("log")
-    # 0.2, 0.5, 1, 2, 5 where matplotlib would write powers of ten or nothing between them.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
+    if _decades(before + after) <= WIDE:
+        # 0.2, 0.5, 1, 2, 5: matplotlib by itself would label the powers of ten, of which there may be one or none.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("step")
     axes.set_ylabel("gradient norm")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+
+
+def _decades(values: Sequence[float]) -> float:
+    """How many powers of ten the finite values above 0 span."""
+    logs = [math.log10(value) for value in values if 0 < value < math.inf]
+    return max(logs) - min(logs) if logs else 0.0

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ def shard_blocks(model: nn.Module, mesh: DeviceMesh, precision: str) -> nn.Modul
     """FSDP2 on every block and on what remains. Gradients are reduced in fp32 under bf16 too."""
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = low if precision == "bf16" else MixedPrecisionPolicy()
+    # torch 2.13 says so of every Linear and LSTM on the CPU. Nothing here writes into their outputs.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in model.modules():
         if isinstance(module, BLOCKS):
             fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -17,4 +17,6 @@ echo
 echo "2/2  Clipped at a global norm of 1, two ranks, FSDP2, then the same on one process"
 train --rule global_norm=1.0 --out runs/quickstart/clipped --compare
 echo
-echo "Look at $PWD/runs/quickstart/clipped/training.png and, beside it, unclipped/training.png"
+echo "The pictures (loss, and the norm before and after clipping):"
+echo "  $PWD/runs/quickstart/unclipped/steps.png"
+echo "  $PWD/runs/quickstart/clipped/steps.png"

@@ -24,7 +24,8 @@ try:
     from run_log import RunLog
     from step import Step
 except ModuleNotFoundError as missing:
-    sys.exit(f"launch/train.py needs the module {missing.name}: pip install 'distclip[train]'")
+    name = (missing.name or "").partition(".")[0]
+    sys.exit(f"launch/train.py needs {name}: pip install 'distclip[train]'")
 
 
 class Training:

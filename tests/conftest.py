@@ -74,4 +74,6 @@ def no_leaks() -> Iterator[None]:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    # The second is torch's own doing, when its compiler is imported (making an optimizer is enough).
+    ignored = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+    return {name: value for name, value in os.environ.items() if name not in ignored}
