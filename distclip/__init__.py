@@ -2,6 +2,7 @@
 
 from distclip import rules
 from distclip.clipper import GradClipper
+from distclip.declare import declare, undeclare
 from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, grad_norm
 from distclip.report import ClipReport
 from distclip.rules import ClipByGlobalNorm, ClipByNorm, ClipByValue, Rule
@@ -16,7 +17,9 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "declare",
     "grad_norm",
     "rules",
+    "undeclare",
 ]
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from operator import is_
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from distclip.layout import learn, wrapped
+from distclip.layout import RankGroup, learn, wrapped
 from distclip.parameters import names
 from distclip.plan import Plan, make_plan
 
@@ -22,12 +22,16 @@ _LISTS_KEPT = 16
 class _Entry:
     params: tuple[weakref.ref[Tensor], ...]
     wrapped: list[bool]
+    settings: str
+    pipeline: RankGroup | None
     plan: Plan
 
-    def serves(self, params: Sequence[Tensor]) -> bool:
+    def serves(self, params: Sequence[Tensor], settings: str | None, pipeline: RankGroup | None) -> bool:
         return (
             len(params) == len(self.params)
-            and self.plan.participants.is_current
+            and self.plan.is_current
+            and settings in (None, self.settings)
+            and pipeline == self.pipeline
             and all(map(is_, (ref() for ref in self.params), params))
             and self.wrapped == wrapped(params)
         )
@@ -36,21 +40,30 @@ class _Entry:
 _entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def plan_for(modules: list[nn.Module], params: list[Tensor]) -> Plan:
+def plan_for(
+    modules: list[nn.Module],
+    params: list[Tensor],
+    settings: str | None = None,
+    pipeline: RankGroup | None = None,
+    linear: bool = True,
+) -> Plan:
     """The plan of these parameters, made at the first call and whenever they changed. Collective when it is made.
 
     Args:
         modules: modules that the user passed, which may know more of their parameters than these themselves.
         params: all parameters, each once.
+        settings: what the plan is for; None takes any.
+        pipeline, linear: see ``make_plan``.
     """
     entries: list[_Entry] = _entries.get(params[0], []) if params else []
     for entry in entries:
-        if entry.serves(params):
+        if entry.serves(params, settings, pipeline):
             return entry.plan
     for module in modules:
         learn(module)
-    plan = make_plan(names(modules, params), params)
+    settings = settings or ""
+    plan = make_plan(names(modules, params), params, settings=settings, pipeline=pipeline, linear=linear)
     if params:
-        entry = _Entry(tuple(weakref.ref(param) for param in params), wrapped(params), plan)
-        _entries[params[0]] = [entry, *(old for old in entries if old.plan.participants.is_current)][:_LISTS_KEPT]
+        entry = _Entry(tuple(weakref.ref(param) for param in params), wrapped(params), settings, pipeline, plan)
+        _entries[params[0]] = [entry, *(old for old in entries if old.plan.is_current)][:_LISTS_KEPT]
     return plan

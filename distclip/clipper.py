@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from distclip import engine
 from distclip.layout import learn
+from distclip.layout.declared import Group, as_rank_group
 from distclip.parameters import ModuleParameters, names
 from distclip.plan import Plan, make_plan
+from distclip.reduction import StalePlan
 from distclip.report import ClipReport
 from distclip.rules.base import Rule
 from distclip.rules.norm import ClipByGlobalNorm
@@ -36,6 +38,8 @@ class GradClipper:
             so that NaN and 0 reach the parameters; "raise": RuntimeError on every rank, no gradient changed; "skip":
             drop the gradients (``.grad = None``) on every rank, so that ``optimizer.step()`` changes neither
             parameters nor its state. The last two wait for the norm if it is on an accelerator.
+        pipeline_group: the ranks that hold the stages of a pipeline, this one among them: a ProcessGroup or a 1-D
+            DeviceMesh. Every tensor counts apart on each of them, unless ``declare(..., replicated=)`` ties it.
 
     Raises:
         TypeError: ``model`` or ``rule`` is of another type.
@@ -55,6 +59,7 @@ class GradClipper:
         rule: float | Rule = 1.0,
         *,
         nonfinite: engine.NonFinite = "propagate",
+        pipeline_group: Group | None = None,
     ) -> None:
         self.rule = _as_rule(rule)
         if nonfinite not in engine.NONFINITE:
@@ -64,6 +69,7 @@ class GradClipper:
         """What the last ``clip()`` did."""
         self.steps = 0
         """Number of clips so far."""
+        self._pipeline = as_rank_group("pipeline_group", pipeline_group)
         self._params = ModuleParameters(_as_modules(model))
         self._plan: Plan | None = None
         self._clipped: list[tuple[weakref.ref[Tensor], int]] = []
@@ -81,9 +87,14 @@ class GradClipper:
             OverflowError: ``|g|**p`` leaves float64.
         """
         plan = self._current_plan()
+        self._warn_if_out_of_turn()
         params = self._params.tensors
-        self._warn_if_out_of_turn(params)
-        self.report = engine.clip(plan, params, self.rule, self.nonfinite)
+        try:
+            self.report = engine.clip(plan, params, self.rule, self.nonfinite)
+        except StalePlan:
+            # Another rank's parameters changed. It is making its plan anew, and waits for all.
+            self._plan = None
+            self.report = engine.clip(self._current_plan(), params, self.rule, self.nonfinite)
         self.steps += 1
         grads = [param.grad for param in params if param.grad is not None][:_WITNESSES]
         self._clipped = [(weakref.ref(grad), _version(grad)) for grad in grads]
@@ -108,22 +119,31 @@ class GradClipper:
         self.steps = state_dict["steps"]
 
     def _current_plan(self) -> Plan:
-        if self._params.changed:
+        if self._params.changed or (self._plan is not None and not self._plan.is_current):
+            if self._plan is not None:
+                engine.announce_stale(self._plan, self.rule)
             self._params = ModuleParameters(self._params.modules)
-            self._plan = None
-        if self._plan is None or not self._plan.participants.is_current:
+            self._plan, self._clipped = None, []
+        if self._plan is None:
             for module in self._params.modules:
                 learn(module)
-            self._plan = make_plan(names(self._params.modules, self._params.tensors), self._params.tensors)
+            tensors = self._params.tensors
+            self._plan = make_plan(
+                names(self._params.modules, tensors),
+                tensors,
+                settings=f"{self.rule.signature}, {engine.settings_of(self.rule)}",
+                pipeline=self._pipeline,
+                linear=self.rule.bounds is None,
+            )
         return self._plan
 
-    def _warn_if_out_of_turn(self, params: list[Tensor]) -> None:
+    def _warn_if_out_of_turn(self) -> None:
         if self._clipped and all((grad := ref()) is not None and _version(grad) == v for ref, v in self._clipped):
             warn(
                 "clip() ran twice on the same gradients: call it once per step, after the last backward() and before "
                 "optimizer.step().",
             )
-        trained = [param for param in params if param.requires_grad and param.numel()]
+        trained = [param for param in self._params.tensors if param.requires_grad and param.numel()]
         if trained and all(param.grad is None for param in trained):
             warn("clip() found no gradient on this rank: call it after backward() and before zero_grad().")
 

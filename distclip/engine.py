@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -10,13 +11,20 @@ from torch import Tensor
 
 from distclip.apply import clamp_, scale_
 from distclip.gradients import check_limits, local_grads
+from distclip.groups import comm_device
 from distclip.plan import Plan
-from distclip.reduction import measure
+from distclip.reduction import StalePlan, measure
 from distclip.report import ClipReport
 from distclip.rules.base import Decision, Norms, Rule
 
 NonFinite = Literal["propagate", "raise", "skip"]
 NONFINITE: tuple[NonFinite, ...] = get_args(NonFinite)
+
+
+def settings_of(rule: Rule) -> str:
+    """What a plan is made for: ranks that differ in it would reduce buffers of different sizes."""
+    limits = ", limits elements" if rule.bounds is not None else ""
+    return f"norm_type={rule.norm_type}{', norms per tensor' if rule.needs_per_tensor else ''}{limits}"
 
 
 def clip(
@@ -47,7 +55,7 @@ def clip(
         for param in params:
             param.grad = None
     elif rule.bounds is None:
-        scale_(grads, decision.coefficient, foreach)
+        scale_(grads, _of_this_rank(plan, decision.coefficient), foreach)
     elif not _known_to_be_one(decision.coefficient):
         clamp_(grads, rule.bounds, foreach)
     return _report(plan, norms, decision, found, skipped)
@@ -56,6 +64,25 @@ def clip(
 def _known_to_be_one(coefficient: Tensor | None) -> bool:
     """Whether nothing changes, where that can be seen without waiting for a device."""
     return coefficient is None or (coefficient.device.type == "cpu" and coefficient.item() == 1.0)
+
+
+def announce_stale(plan: Plan, rule: Rule) -> None:
+    """Tell the ranks of an old plan, which may be in a clip by it, that it must be made anew. Collective on the CPU.
+
+    Elsewhere nobody could hear it without waiting for the device: there the ranks must change alike.
+    """
+    group = plan.participants.group
+    if group is None or not plan.participants.is_current or comm_device(group, plan.device).type != "cpu":
+        return
+    with contextlib.suppress(StalePlan):
+        measure(plan, {}, rule, stale=True)
+
+
+def _of_this_rank(plan: Plan, coefficient: Tensor | None) -> Tensor | None:
+    """Of one coefficient for each tensor of the job, those for this rank's."""
+    if coefficient is None or coefficient.ndim == 0:
+        return coefficient
+    return coefficient[plan.slots.to(coefficient.device)]
 
 
 def raise_if(found: Tensor, norm_type: float) -> None:
@@ -79,7 +106,9 @@ def _report(plan: Plan, norms: Norms, decision: Decision, found: Tensor, skipped
         coefficient = decision.coefficient.amin()
     per_tensor = None
     if norms.per_tensor is not None:
-        per_tensor = dict(zip(plan.tensors, norms.per_tensor.unbind(), strict=True))
+        per_tensor = dict(
+            zip(plan.tensors, norms.per_tensor[plan.slots.to(norms.per_tensor.device)].unbind(), strict=True)
+        )
     return ClipReport(
         total_norm=returned(plan, norms.total),
         coefficient=coefficient,

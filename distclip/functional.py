@@ -11,6 +11,7 @@ from distclip import engine
 from distclip.apply import clamp_, scale_
 from distclip.cache import plan_for
 from distclip.gradients import check_limits, local_grads
+from distclip.layout.declared import Group, as_rank_group
 from distclip.layout.dtensor import is_dtensor
 from distclip.parameters import Parameters, split
 from distclip.rules.base import checked
@@ -24,6 +25,8 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    pipeline_group: Group | None = None,
 ) -> Tensor:
     """Clip the norm of all gradients together, as one process holding the whole model would.
 
@@ -38,6 +41,8 @@ def clip_grad_norm_(
         norm_type: any p above 0, or inf.
         error_if_nonfinite: raise, on every rank, if the norm is inf or NaN.
         foreach: as in torch; True raises where the device has no foreach kernels.
+        pipeline_group: the ranks that hold the stages of a pipeline, this one among them: a ProcessGroup or a 1-D
+            DeviceMesh. Every tensor counts apart on each of them, unless ``declare(..., replicated=)`` ties it.
 
     Returns:
         N before clipping: a plain 0-d float32 tensor (float64 if all parameters are), the same on every rank, on the
@@ -63,7 +68,7 @@ def clip_grad_norm_(
     """
     rule = ClipByGlobalNorm(max_norm, norm_type)
     modules, params = split(parameters)
-    plan = plan_for(modules, params)
+    plan = plan_for(modules, params, engine.settings_of(rule), as_rank_group("pipeline_group", pipeline_group))
     nonfinite: engine.NonFinite = "raise" if error_if_nonfinite else "propagate"
     return engine.clip(plan, params, rule, nonfinite, foreach).total_norm
 
@@ -74,12 +79,14 @@ def grad_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    pipeline_group: Group | None = None,
 ) -> Tensor:
     """The norm that ``clip_grad_norm_`` would return; changes nothing.
 
     Collective, arguments, result and errors as there. (``torch.nn.utils.get_total_norm`` takes the gradients instead.)
     """
-    return clip_grad_norm_(parameters, math.inf, norm_type, error_if_nonfinite, foreach)
+    return clip_grad_norm_(parameters, math.inf, norm_type, error_if_nonfinite, foreach, pipeline_group=pipeline_group)
 
 
 @torch.no_grad()
@@ -132,7 +139,7 @@ def clip_grad_value_(
     """
     bounds = value_bounds(clip_value)
     modules, params = split(parameters)
-    plan = plan_for(modules, params)
+    plan = plan_for(modules, params, "limits elements", linear=False)
     grads = local_grads(plan, params)
     check_limits(plan, grads, bounds)
     clamp_(grads, bounds, foreach)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from distclip.layout import Piece
-from distclip.layout.dtensor import is_dtensor
+from distclip.layout import GradLayout, Piece
+from distclip.layout.dtensor import is_dtensor, kinds, reduced
 from distclip.plan import Plan
 
 
@@ -23,10 +23,13 @@ class LocalGrads:
     """For each piece, the place of its tensor in ``Plan.tensors``."""
     sparse: list[str] = field(default_factory=list)
     """Names of the tensors of which only the stored values are here."""
+    riding: dict[int, Tensor] = field(default_factory=dict)
+    """Parts of Partial gradients by the place of their tensor; they are among the pieces too, to be scaled."""
 
 
 def local_grads(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, LocalGrads]:
-    """Gather what this rank holds, by device. Never communicates, so ranks may differ in which gradients exist.
+    """Gather what this rank holds, by device. Ranks may differ in which gradients exist: what communicates here, if
+    anything does, follows from the plan.
 
     An uncoalesced sparse gradient is coalesced on the way: how it is stored changes, what it is does not.
 
@@ -35,17 +38,41 @@ def local_grads(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, Loca
         RuntimeError: a gradient is laid out otherwise than its parameter.
     """
     found: dict[torch.device, LocalGrads] = defaultdict(LocalGrads)
+    others = settled(plan, params)
     place = 0
-    for name, layout, param in zip(plan.names, plan.layouts, params, strict=True):
-        if param.grad is not None:
-            local = _local(name, param, param.grad)
+    for index, (name, layout, param) in enumerate(zip(plan.names, plan.layouts, params, strict=True)):
+        grad = others.get(index, param.grad)
+        if grad is not None:
+            local = _local(name, param, grad, layout)
             for offset, part in _parts(local, layout.pieces):
                 grads = found[part.device]
                 grads.pieces.append(part)
                 grads.places.append(place + offset)
-                if param.grad.is_sparse:
+                if layout.partial:
+                    grads.riding[place + offset] = part
+                if grad.is_sparse:
                     grads.sparse.append(name)
         place += len(layout.pieces)
+    return found
+
+
+def settled(plan: Plan, params: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Reduce the Partial gradients that the norm's all-reduce cannot carry. Collective, one each, where there are any.
+
+    A gradient becomes what it stands for, placed as its parameter is.
+
+    Returns:
+        By place of the parameter, what a rank without the gradient got of it: it counts in the norm.
+    """
+    found = {}
+    for place, letters in plan.settled.items():
+        param = params[place]
+        assert is_dtensor(param)
+        grad = reduced(param, letters)
+        if param.grad is not None:
+            param.grad = grad
+        else:
+            found[place] = grad
     return found
 
 
@@ -72,14 +99,17 @@ def _parts(local: Tensor, pieces: tuple[Piece, ...]) -> Iterator[tuple[int, Tens
             yield offset, part
 
 
-def _local(name: str, param: Tensor, grad: Tensor) -> Tensor:
+def _local(name: str, param: Tensor, grad: Tensor, layout: GradLayout) -> Tensor:
     """The dense tensor of this rank behind a gradient."""
     if is_dtensor(param):
-        if not is_dtensor(grad) or grad.placements != param.placements:
-            placed = f"placed {grad.placements}" if is_dtensor(grad) else "a plain tensor"
+        if not is_dtensor(grad):
+            raise RuntimeError(f"the gradient of {name} is a plain tensor, its parameter a DTensor: expected a DTensor")
+        # Comparing with the parameter is the fast way to the usual answer.
+        usual = layout.as_parameter and grad.placements == param.placements
+        if not usual and kinds(grad) != layout.letters:
             raise RuntimeError(
-                f"the gradient of {name} is {placed}, its parameter placed {param.placements}. distclip cannot reduce "
-                "such a gradient yet: redistribute it to its parameter's placements before clipping."
+                f"the gradient of {name} is placed {grad.placements}, otherwise than the ranks agreed at the first "
+                f"clip ({layout.letters}, one letter a mesh axis). Give it the same placements in every step."
             )
         return grad._local_tensor
     if grad.layout == torch.strided:

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from distclip.handshake import Agreement, Entry, Wire, agree, alone
 from distclip.kernels.common import WIDE
-from distclip.layout import GradLayout, layout_of
+from distclip.layout import GradLayout, Piece, RankGroup, layout_of, version
+from distclip.layout.dtensor import decoded, encoded, is_dtensor, kinds
 from distclip.participants import Participants, connect
+
+# Partial gradients of up to so many elements are summed in the norm's own all-reduce.
+_RIDES = 1 << 17
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The same order and sizes on every participant. Holds no reference to the parameters."""
+    """Agreed on by all participants. Holds no reference to the parameters."""
 
     names: tuple[str, ...]
-    """The parameters."""
+    """The parameters of this rank."""
     layouts: tuple[GradLayout, ...]
+    """How their gradients lie, which may be otherwise than they themselves do."""
+    settled: dict[int, str]
+    """Places of parameters whose Partial gradients are reduced before each clip, and how they are placed until then."""
     tensors: tuple[str, ...]
-    """The model's tensors: more than parameters where one of these packs several (FSDP1)."""
+    """This rank's tensors: more than parameters where one of these packs several (FSDP1)."""
+    numels: tuple[int, ...]
+    """Their sizes, whole."""
+    slots: Tensor
+    """For each tensor, its place among all tensors of the job; int64."""
+    slot_count: int
     shares: Tensor
     """For each tensor, one over the number of participants that hold the same piece of it as this rank; float64."""
+    riding: dict[int, float]
+    """Tensors whose Partial gradients are summed in the norm's all-reduce, and the factor of this rank's part."""
     participants: Participants
     guards: frozenset[Callable[[], None]]
     """Each raises, or warns, where a wrapper has not reduced its gradients over the ranks yet."""
@@ -33,50 +51,153 @@ class Plan:
     """Whether every parameter is float64, and so are the norms."""
     wide: bool
     """Whether any is, so that the powers of its gradients may leave float64."""
+    version: int
+    """Of the layouts that it was made from."""
+
+    @property
+    def is_current(self) -> bool:
+        """False where layouts were declared, or ``torch.distributed`` was started anew, since."""
+        return self.version == version() and self.participants.is_current
 
 
-def make_plan(names: Sequence[str], params: Sequence[Tensor]) -> Plan:
-    """Build the plan. Collective over the groups that the layouts name (see ``participants.connect``).
+def make_plan(
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    *,
+    settings: str = "",
+    pipeline: RankGroup | None = None,
+    linear: bool = True,
+) -> Plan:
+    """Build the plan. Collective over the groups that layouts and ``pipeline`` name.
+
+    Args:
+        names: of the parameters; the same on all ranks that hold pieces of the same tensor.
+        params: the parameters, each once.
+        settings: what must be the same on all participants besides.
+        pipeline: the ranks that hold the stages of a pipeline.
+        linear: whether gradients are only scaled, so that Partial ones can stay so.
 
     Raises:
-        RuntimeError: a parameter's layout cannot be known, or its groups do not divide the participants evenly.
+        RuntimeError: the ranks disagree (on all of them); a parameter's layout cannot be known.
     """
-    layouts = tuple(layout_of(param) for param in params)
+    layouts = [layout_of(param) for param in params]
     device = params[0].device if params else torch.device("cpu")
-    participants = connect((group for layout in layouts for group in layout.groups), device)
+    groups = [group for layout in layouts for group in layout.groups] + ([pipeline] if pipeline else [])
+    stages = f", pipeline of {len(pipeline.ranks)} ranks" if pipeline else ", no pipeline_group"
+    participants = connect(groups, device, settings + stages)
+    agreement = _agreed(names, params, layouts, participants, pipeline, device)
+    layouts, settled = _as_placed(params, layouts, agreement, linear)
+    tensors = list(_tensors(names, params, layouts))
+    held = list(zip(tensors, agreement.holders, strict=True))
+    shares = [tensor.layout.distinct / holders if agreement.reduces else 1.0 for tensor, holders in held]
     wide = [param.dtype in WIDE for param in params]
-    tensors, shares = [], []
-    for name, layout in zip(names, layouts, strict=True):
-        share = _share(name, layout, participants)
-        for piece in layout.pieces:
-            tensors.append(name if piece.name is None else _sibling(name, piece.name))
-            shares.append(share)
     return Plan(
         names=tuple(names),
-        layouts=layouts,
-        tensors=tuple(tensors),
+        layouts=tuple(layouts),
+        settled=settled,
+        tensors=tuple(tensor.name for tensor in tensors),
+        numels=tuple(tensor.piece.shape.numel() for tensor in tensors),
+        slots=torch.tensor(agreement.slots, dtype=torch.int64),
+        slot_count=agreement.slot_count,
         shares=torch.tensor(shares, dtype=torch.float64),
-        participants=participants,
+        riding={
+            place: _part(tensor.layout, holders)
+            for place, (tensor, holders) in enumerate(held)
+            if tensor.layout.partial
+        },
+        participants=participants if agreement.reduces else Participants(),
         guards=frozenset(layout.guard for layout in layouts if layout.guard is not None),
         device=device,
         float64=bool(wide) and all(wide),
         wide=any(wide),
+        version=version(),
     )
 
 
-def _share(name: str, layout: GradLayout, participants: Participants) -> float:
-    if len(participants) == 1:
-        return 1.0
-    if len(participants) % layout.distinct:
-        raise RuntimeError(
-            f"{name} is cut into {layout.distinct} pieces over ranks {[group.ranks for group in layout.sharded]}, "
-            f"which the ranks that take part in this clip, {participants.ranks}, cannot hold equally often. Clip "
-            "models on unrelated groups separately."
-        )
-    return layout.distinct / len(participants)
+def _part(layout: GradLayout, holders: int) -> float:
+    """What a Partial part counts: each set of parts is there once for every replica."""
+    return layout.partial_scale * math.prod(len(group.ranks) for group in layout.partial) / holders
+
+
+class _Tensor(NamedTuple):
+    name: str
+    param: Tensor
+    layout: GradLayout
+    piece: Piece
+
+
+def _tensors(names: Sequence[str], params: Sequence[Tensor], layouts: Sequence[GradLayout]) -> Iterator[_Tensor]:
+    for name, param, layout in zip(names, params, layouts, strict=True):
+        for piece in layout.pieces:
+            yield _Tensor(name if piece.name is None else _sibling(name, piece.name), param, layout, piece)
 
 
 def _sibling(name: str, other: str) -> str:
     """``other`` in place of the last component of ``name``."""
     parent, _, _ = name.rpartition(".")
     return f"{parent}.{other}" if parent else other
+
+
+def _agreed(
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    layouts: Sequence[GradLayout],
+    participants: Participants,
+    pipeline: RankGroup | None,
+    device: torch.device,
+) -> Agreement:
+    entries = [
+        Entry(_identity(tensor, pipeline), _looks(tensor), tensor.layout.distinct, _placed(tensor.param))
+        for tensor in _tensors(names, params, layouts)
+    ]
+    if participants.group is None:
+        return alone(entries)
+    partial = any("P" in (decoded(e.placed) or "") or "A" in (decoded(e.placed) or "") for e in entries)
+    reduces = pipeline is not None or partial or any(layout.needs_reduction for layout in layouts)
+    return agree(Wire(participants.ranks, participants.group, device), entries, reduces)
+
+
+def _identity(tensor: _Tensor, pipeline: RankGroup | None) -> str:
+    """A text that is the same on two ranks where they have pieces of the same tensor."""
+    layout = tensor.layout
+    if layout.tie is not None:
+        # A tied tensor may have another name on each stage: its place among the declared ones stands for it.
+        tied = layout.replicated[-1]
+        stages = [pipeline.order(rank) for rank in tied.ranks if rank in pipeline.ranks] if pipeline else []
+        if pipeline is None or len(stages) > 1:
+            return f"tensor {layout.tie} of those declared replicated on stages {stages or len(tied.ranks)}"
+    places = [("stage", pipeline)] if pipeline else []
+    places += [("place", group) for group in layout.apart]
+    told = [f"{what} {group.order(dist.get_rank())} of {len(group.ranks)}" for what, group in places]
+    return ", ".join([tensor.name, *told])
+
+
+def _looks(tensor: _Tensor) -> str:
+    shape = "pieces declared joined" if tensor.layout.joined else f"shape {tuple(tensor.piece.shape)}"
+    return f"{shape}, {tensor.param.dtype}"
+
+
+def _placed(param: Tensor) -> int:
+    """How the gradient is placed now, as a number; 0 where there is none, or it is no DTensor."""
+    if is_dtensor(param) and param.grad is not None and param.device_mesh.get_coordinate() is not None:
+        return encoded(kinds(param.grad)) if is_dtensor(param.grad) else 0
+    return 0
+
+
+def _as_placed(
+    params: Sequence[Tensor], layouts: Sequence[GradLayout], agreement: Agreement, linear: bool
+) -> tuple[list[GradLayout], dict[int, str]]:
+    """The layouts of gradients as the ranks agreed that they are placed, and which must be reduced before each clip."""
+    placed = iter(agreement.placed)
+    result: list[GradLayout] = []
+    settled: dict[int, str] = {}
+    for place, (param, layout) in enumerate(zip(params, layouts, strict=True)):
+        letters = [decoded(next(placed)) for _ in layout.pieces]
+        if is_dtensor(param) and letters and letters[0] is not None and letters[0] != kinds(param):
+            actual = layout_of(param, letters[0])
+            if actual.partial and not (linear and not actual.sharded and param.numel() <= _RIDES):
+                settled[place] = letters[0]
+            else:
+                layout = actual
+        result.append(layout)
+    return result, settled

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distclip.gradients import LocalGrads
 from distclip.groups import comm_device
+from distclip.handshake import Wire, digest
 from distclip.kernels import kernels_for
 from distclip.kernels.common import WIDE
 from distclip.participants import Participants
@@ -29,29 +30,44 @@ _SAFE_P = (0.2, 6.0)
 _SMALLEST_SUM = 1e-290
 
 
-def measure(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule) -> Norms:
+class StalePlan(Exception):
+    """Some rank's parameters changed since the plan was made: all must make it anew."""
+
+
+def measure(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, stale: bool = False) -> Norms:
     """The norms that ``rule`` asks for, the same bits on every participant. Collective: one all-reduce at most.
+
+    Args:
+        stale: whether this rank's parameters changed, so that it takes part only to tell the others.
 
     Returns:
         Norms on the device of the first gradient (of the first parameter where this rank has none).
 
     Raises:
         OverflowError: ``|g|**p`` of finite gradients leaves float64; on every participant.
+        RuntimeError: the ranks' rules differ; on every participant (on the CPU: elsewhere looking would wait).
+        StalePlan: ``stale`` on some rank; on every participant (likewise).
     """
     p, group = rule.norm_type, plan.participants.group
     device = next(iter(grads), plan.device)
     wire = device if group is None else comm_device(group, device)
     powers, range_flags = _powers(plan, grads, p, wire)
-    sums = {"range_flags": range_flags}
+    header = torch.tensor([float(stale), _signature(rule)], dtype=torch.float64, device=wire)
+    sums = {"header": header, "range_flags": range_flags}
     maxima: dict[str, Tensor] = {}
     combined = maxima if math.isinf(p) else sums
     combined["total"] = _total(powers, p)
     if rule.needs_per_tensor:
-        combined["per_tensor"] = powers
+        combined["per_tensor"] = powers.new_zeros(plan.slot_count).index_add_(0, plan.slots.to(wire), powers)
     if rule.bounds is not None:
         maxima["extremes"] = _extremes(grads, wire)
+    if plan.riding:
+        sums["partial"] = _parts(plan, grads, wire)
     reduced = _all_reduce(plan.participants, sums, maxima)
-
+    if group is not None and wire.type == "cpu":
+        _check_header(plan, group, rule, reduced["header"])
+    if plan.riding:
+        _add_riding(plan, reduced, p)
     if _out_of_range(plan, p, reduced):
         raise OverflowError(
             f"norm_type={p}: |g|**{p} of these finite gradients leaves float64 (or their norm does), so that the norm "
@@ -64,18 +80,61 @@ def measure(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule) -> No
     return Norms(norms["total"][0], norms.get("per_tensor"), norms.get("extremes"))
 
 
+def _signature(rule: Rule) -> float:
+    """A number for the rule's text, small enough that float64 adds up those of all ranks exactly."""
+    return float(digest(rule.signature) % (1 << 24))
+
+
+def _check_header(plan: Plan, group: dist.ProcessGroup, rule: Rule, header: Tensor) -> None:
+    stale, signatures = header.tolist()
+    if stale:
+        raise StalePlan
+    if signatures != len(plan.participants) * _signature(rule):
+        told = Wire(plan.participants.ranks, group, plan.device).told(rule.signature)
+        raise RuntimeError(
+            f"the ranks that take part in this clip disagree on the rule:{told}\nNo gradient was changed."
+        )
+
+
 def _powers(plan: Plan, grads: dict[torch.device, LocalGrads], p: float, wire: torch.device) -> tuple[Tensor, Tensor]:
     """This rank's share of each tensor's ``sum(|g|**p)`` (for the inf-norm: ``max(|g|)``), and flags on their range."""
     powers = torch.zeros(len(plan.tensors), dtype=torch.float64, device=wire)
     flags = torch.zeros(3, dtype=torch.float64, device=wire)
     for device, local in grads.items():
+        pieces, places = local.pieces, local.places
+        if local.riding:
+            whole = [index for index, place in enumerate(places) if place not in local.riding]
+            pieces, places = [pieces[index] for index in whole], [places[index] for index in whole]
+        if not pieces:
+            continue
         kernels = kernels_for(device)
-        local_powers = kernels.power_sums(local.pieces, p)
-        powers[local.places] = local_powers.to(wire)
-        if _may_leave_float64(p, local.pieces):
-            largest = kernels.power_sums(local.pieces, math.inf)
+        local_powers = kernels.power_sums(pieces, p)
+        powers[places] = local_powers.to(wire)
+        if _may_leave_float64(p, pieces):
+            largest = kernels.power_sums(pieces, math.inf)
             flags += _range_flags(local_powers, largest, p).to(wire)
     return powers if math.isinf(p) else powers.mul_(plan.shares.to(wire)), flags
+
+
+def _parts(plan: Plan, grads: dict[torch.device, LocalGrads], wire: torch.device) -> Tensor:
+    """This rank's parts of all Partial gradients that ride, end to end; zeros where it has none."""
+    mine = {place: part for local in grads.values() for place, part in local.riding.items()}
+    parts = []
+    for place, factor in plan.riding.items():
+        size = plan.numels[place]
+        part = mine[place].reshape(-1).to(wire, torch.float64) * factor if place in mine else None
+        parts.append(torch.zeros(size, dtype=torch.float64, device=wire) if part is None else part)
+    return torch.cat(parts)
+
+
+def _add_riding(plan: Plan, reduced: dict[str, Tensor], p: float) -> None:
+    """Count the Partial gradients, which are whole now on every rank."""
+    whole = reduced.pop("partial").split([plan.numels[place] for place in plan.riding])
+    powers = kernels_for(whole[0].device).power_sums(list(whole), p)
+    total = torch.cat((reduced["total"], powers))
+    reduced["total"] = _total(total, p)
+    if "per_tensor" in reduced:
+        reduced["per_tensor"][plan.slots[list(plan.riding)].to(powers.device)] = powers
 
 
 def _total(powers: Tensor, p: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import replicate as replicate_plain
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffload,
     CPUOffloadPolicy,
@@ -20,7 +20,14 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.nets import Net, loss_of, make_batch, make_net
@@ -39,6 +46,12 @@ class Layout:
     """All-reduces that one clip costs."""
     dtype: torch.dtype = torch.float32
     """Of the gradients with the lowest precision."""
+    hidden: int = 7
+    """Of the network: DTensor's colwise and rowwise linears want it to divide evenly."""
+    tp: int = 1
+    """Neighbouring ranks that see the same data; -1 for all."""
+    partial: bool = False
+    """Whether some gradients are Partial: a rule that limits elements reduces them first, one collective each."""
     accumulate: bool = False
     """Whether a first micro-batch runs without synchronisation."""
 
@@ -49,7 +62,8 @@ class Layout:
 def backward(layout: Layout, model: nn.Module, device: str = "cpu") -> None:
     """Run this rank's part of the batch; afterwards the gradients are those of the mean over all ranks."""
     tokens, targets = (part.to(device) for part in make_batch(8 if not layout.accumulate else 16))
-    mine = slice(dist.get_rank(), None, dist.get_world_size())
+    alike = layout.tp if layout.tp > 0 else dist.get_world_size()
+    mine = slice(dist.get_rank() // alike, None, dist.get_world_size() // alike)
     tokens, targets = tokens[mine], targets[mine]
     if layout.accumulate:
         half = len(tokens) // 2
@@ -156,6 +170,41 @@ def _fsdp2_mixed_dtypes(net: Net) -> nn.Module:
     return _fsdp2(net)
 
 
+def _tensor_parallel(net: Net, mesh: DeviceMesh, sequence: bool = False) -> Net:
+    """Colwise and rowwise linears, vocabulary-parallel embedding and head; norms plain, or sequence parallel."""
+    along = Shard(1) if sequence else Replicate()
+    plan: dict[str, ParallelStyle] = {
+        "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=along),
+        "head": ColwiseParallel(input_layouts=along, output_layouts=Replicate()),
+    }
+    for place in range(len(net.blocks)):
+        plan[f"blocks.{place}.up"] = ColwiseParallel(input_layouts=along)
+        plan[f"blocks.{place}.down"] = RowwiseParallel(output_layouts=along)
+        if sequence:
+            plan[f"blocks.{place}.norm"] = SequenceParallel()
+    parallelize_module(net, mesh, plan)
+    net.head.weight = net.embed.weight
+    return net
+
+
+def _tp(net: Net, sequence: bool = False) -> nn.Module:
+    mesh = init_device_mesh(net.scale.device.type, (dist.get_world_size(),), mesh_dim_names=("tp",))
+    return _tensor_parallel(net, mesh, sequence)
+
+
+def _fsdp2_tp(net: Net, shape: tuple[int, ...] = (-1, 2), sequence: bool = False) -> nn.Module:
+    """(shard, tp), or (replicate, shard, tp) for HSDP. The frozen, norm and scale parameters stay out of `tp`."""
+    shape = tuple(dist.get_world_size() // 2 if axis == -1 else axis for axis in shape)
+    names = ("replicate", "shard", "tp")[-len(shape) :]
+    mesh = init_device_mesh(net.scale.device.type, shape, mesh_dim_names=names)
+    _tensor_parallel(net, mesh["tp"], sequence)
+    data = mesh[names[:-1]] if len(names) > 2 else mesh["shard"]
+    for block in net.blocks:
+        fully_shard(block, mesh=data)
+    fully_shard(net, mesh=data)
+    return net
+
+
 def _low_precision(net: Net, wrap: Wrap, dtype: torch.dtype) -> nn.Module:
     return wrap(net.to(dtype))
 
@@ -210,6 +259,16 @@ def _fsdp2_rows() -> list[Layout]:
     ]
 
 
+def _mesh_rows() -> list[Layout]:
+    return [
+        Layout("tp", _tp, tp=-1, hidden=8),
+        Layout("tp-sequence", partial(_tp, sequence=True), (2,), tp=-1, hidden=8, partial=True),
+        Layout("fsdp2+tp", _fsdp2_tp, (4,), tp=2, hidden=8),
+        Layout("fsdp2+tp-sequence", partial(_fsdp2_tp, sequence=True), (4,), tp=2, hidden=8),
+        Layout("hsdp+tp", partial(_fsdp2_tp, shape=(2, 2, 2)), (8,), tp=2, hidden=8),
+    ]
+
+
 LAYOUTS = {
     layout.name: layout
     for layout in [
@@ -220,6 +279,7 @@ LAYOUTS = {
         Layout("replicate-dtensor", _replicate_dtensor, collectives=0),
         *_fsdp1_rows(),
         *_fsdp2_rows(),
+        *_mesh_rows(),
     ]
 }
 
@@ -230,6 +290,6 @@ def named(name: str) -> Layout:
 
 def build(layout: Layout, device: str = "cpu") -> nn.Module:
     """The wrapped network, with this rank's gradients in place."""
-    model = layout.wrap(make_net().to(device))
+    model = layout.wrap(make_net(layout.hidden).to(device))
     backward(layout, model, device)
     return model

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """A residual block. 7 x 5 and 5 x 7 matrices are cut unevenly by 2 and by 4 ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = 7) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(5)
-        self.up = nn.Linear(5, 7)
-        self.down = nn.Linear(7, 5, bias=False)
+        self.up = nn.Linear(5, hidden)
+        self.down = nn.Linear(hidden, 5, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(torch.tanh(self.up(self.norm(x))))
@@ -21,10 +21,10 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Token classifier over 11 symbols; `head` is tied to `embed`, `scale` has one element, `frozen` no gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = 7) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 5)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block(hidden) for _ in range(2))
         self.head = nn.Linear(5, 11, bias=False)
         self.head.weight = self.embed.weight
         self.scale = nn.Parameter(torch.full((1,), 1.5))
@@ -44,11 +44,11 @@ class Net(nn.Module):
         return out
 
 
-def make_net(seed: int = 0) -> Net:
+def make_net(hidden: int = 7) -> Net:
     """The same network on every rank."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Net()
+        torch.manual_seed(0)
+        return Net(hidden)
 
 
 def make_batch(size: int = 8, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ def check_not_vacuous(layout: Layout) -> tuple[float, float]:
     model = build(layout)
     local = [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters() if p.grad is not None]
     share = oracle.norm({str(place): grad.double().numpy() for place, grad in enumerate(local)})
-    alone = make_net().to(layout.dtype)
+    alone = make_net(layout.hidden).to(layout.dtype)
     loss_of(alone, make_batch(16 if layout.accumulate else 8)).backward()
     # Accumulation sums two micro-batches, each a mean over half of the batch.
     expected = oracle.norm(oracle.whole_grads(alone)) * (2 if layout.accumulate else 1)
@@ -114,7 +114,7 @@ def test_layouts_spread_the_same_network(layout: Layout) -> None:
 
 def check_training(layout: Layout) -> None:
     """Several steps: the plan is kept while gradients are freed and made anew, and parameters move."""
-    model = layout.wrap(make_net())
+    model = layout.wrap(make_net(layout.hidden))
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.01, foreach=False)
     clipper = distclip.GradClipper(model, 5.0)

@@ -6,14 +6,15 @@ A new system is a new file with ``teach`` or ``resolve``, and a line in RESOLVER
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from distclip.layout import ddp, dtensor, fsdp1, fsdp2, plain
+from distclip.layout import ddp, declared, dtensor, fsdp1, fsdp2, plain
 from distclip.layout.base import GradLayout, Piece, RankGroup, Resolver
 
-__all__ = ["GradLayout", "Piece", "RankGroup", "layout_of", "learn", "wrapped"]
+__all__ = ["GradLayout", "Piece", "RankGroup", "layout_of", "learn", "own_layout_of", "touch", "version", "wrapped"]
 
 # The first to answer is believed: the systems that cut a tensor before those that only replicate it.
 RESOLVERS = (
@@ -36,8 +37,8 @@ def learn(root: nn.Module) -> None:
             learned[param] = layout
 
 
-def layout_of(param: Tensor) -> GradLayout:
-    """The layout of a parameter's gradient.
+def own_layout_of(param: Tensor) -> GradLayout:
+    """The layout that a parameter's system gives it, whatever was declared besides.
 
     Raises:
         RuntimeError: the parameter belongs to a wrapper that distclip has never seen (FSDP1).
@@ -47,6 +48,37 @@ def layout_of(param: Tensor) -> GradLayout:
         if layout is not None:
             return layout
     raise AssertionError("the plain resolver answers for every tensor")
+
+
+def layout_of(param: Tensor, kinds: str | None = None) -> GradLayout:
+    """The layout of a parameter's gradient.
+
+    Args:
+        param: the parameter.
+        kinds: for a DTensor, how the ranks agreed that its gradient is placed, where that is not as the parameter is.
+
+    Raises:
+        RuntimeError: as for ``own_layout_of``.
+        ValueError: what was declared contradicts what its system knows.
+    """
+    layout = own_layout_of(param)
+    if kinds is not None and dtensor.is_dtensor(param):
+        # The guard is the wrapper's; all else the placement decides.
+        layout = replace(dtensor.laid_out(param, kinds), guard=layout.guard, as_parameter=kinds == layout.letters)
+    return declared.apply(param, layout)
+
+
+_version = 0
+
+
+def touch() -> None:
+    """Note that layouts may have changed: plans made before must not be used after."""
+    global _version
+    _version += 1
+
+
+def version() -> int:
+    return _version
 
 
 def wrapped(params: Iterable[Tensor]) -> list[bool]:

@@ -1,11 +1,13 @@
 """What distclip knows of where a gradient lives.
 
-Why replicas and shards count differently. Let P be the ranks that take part in a clip. A parameter's gradient is cut
-into distinct pieces along its *sharded* groups; every other axis of P repeats them. With D = the product of the sharded
-groups' sizes, each piece is held by |P| / D ranks. Each rank therefore adds ``sum(|g|**p) * D / |P|`` of its own
-piece, and one SUM over P counts every element of the model exactly once, whatever mixture of groups the parameters of
-one model live on. (Reducing over one group after another instead counts a tensor once more for each group that does not
-shard it.) Everything above this package is written against that one answer and never names a parallelism.
+Why replicas and shards count differently. Let P be the ranks that take part in a clip. A tensor's gradient is cut into
+D distinct pieces along its *sharded* groups, and n of the ranks of P have a piece of it; so each piece is held by n / D
+ranks. Each rank adds ``sum(|g|**p) * D / n`` of its own piece, and one SUM over P counts every element of the model
+exactly once, whatever mixture of groups the parameters of one model live on. (Reducing over one group after another
+instead counts a tensor once more for each group that does not shard it.) Which ranks have a piece of the same tensor is
+agreed when the plan is built: tensors of one name are one tensor, unless they lie *apart*, on the stages of a pipeline
+or declared as experts are. Everything above this package is written against that one answer and never names a
+parallelism.
 """
 
 from __future__ import annotations
@@ -29,7 +31,12 @@ class RankGroup:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> RankGroup:
+        """The ranks of ``group``, which the calling rank belongs to."""
         return cls(tuple(sorted(dist.get_process_group_ranks(group))), group)
+
+    def order(self, rank: int) -> int:
+        """The place of a global rank in the group, in the group's own order."""
+        return dist.get_group_rank(self.group, rank)
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,25 @@ class GradLayout:
     """Who laid it out, in the words of PyTorch: ``plain``, ``DDP``, ``FSDP1``, ``DTensor`` ..."""
     pieces: tuple[Piece, ...]
     sharded: tuple[RankGroup, ...] = ()
-    """Groups along which the pieces are distinct."""
+    """Groups along which the gradient is cut into distinct pieces."""
     replicated: tuple[RankGroup, ...] = ()
     """Groups whose ranks hold the same piece."""
+    partial: tuple[RankGroup, ...] = ()
+    """Groups over which the gradient is still to be summed (a DTensor's Partial)."""
+    partial_scale: float = 1.0
+    """Factor that turns that sum into the gradient (Partial parts may be meant to be averaged)."""
+    letters: str | None = None
+    """For a DTensor, how its gradient is placed on each axis of its mesh (see ``dtensor.kinds``)."""
+    as_parameter: bool = True
+    """Whether that is how the parameter is placed."""
+    apart: tuple[RankGroup, ...] = ()
+    """Groups whose ranks hold different tensors under the same name (plain experts)."""
+    groups: tuple[RankGroup, ...] = ()
+    """Those of the above that connect ranks which take part in one norm. DDP's replicas agree already: none."""
+    joined: bool = False
+    """Whether the pieces are one tensor by declaration alone, so that nobody knows its whole shape."""
+    tie: int | None = None
+    """Ordinal among the tensors declared replicated: such a tensor may bear another name on each stage."""
     guard: Callable[[], None] | None = field(default=None, compare=False, repr=False)
     """Raises or warns where the gradients are not reduced over the ranks yet (inside ``no_sync``, say)."""
 
@@ -64,9 +87,9 @@ class GradLayout:
         return math.prod(len(group.ranks) for group in self.sharded)
 
     @property
-    def groups(self) -> tuple[RankGroup, ...]:
-        """Groups that take part in a clip. Where nothing is sharded the replicas agree already: none."""
-        return (*self.sharded, *self.replicated) if self.distinct > 1 else ()
+    def needs_reduction(self) -> bool:
+        """Whether a rank's own gradient is not all of it."""
+        return self.distinct > 1 or bool(self.partial or self.apart)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ equal-looking mesh whose process groups are others.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -24,13 +25,69 @@ def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def resolve(param: Tensor) -> GradLayout | None:
-    if not is_dtensor(param):
-        return None
-    sharded: list[RankGroup] = []
-    replicated: list[RankGroup] = []
-    for axis, placement in enumerate(param.placements):
-        if param.device_mesh.size(axis) > 1:
-            group = RankGroup.of(param.device_mesh.get_group(axis))
+    return laid_out(param, kinds(param)) if is_dtensor(param) else None
+
+
+def kinds(tensor: DTensor) -> str:
+    """One letter per mesh axis: R(eplicate), P(artial), A (Partial whose parts are averaged) or S(hard).
+
+    Raises:
+        NotImplementedError: the tensor is Partial under another operation than a sum or an average.
+    """
+    letters = []
+    for placement in tensor.placements:
+        if placement.is_partial():
+            operation = placement.reduce_op  # type: ignore[attr-defined]
+            if operation not in ("sum", "avg"):
+                raise NotImplementedError(f"a gradient that is Partial({operation!r}) is no sum of its parts")
+            letters.append("P" if operation == "sum" else "A")
+        else:
             # _StridedShard (FSDP2 x TP) answers False to is_shard(): what is not replicated is cut.
-            (replicated if placement.is_replicate() else sharded).append(group)
-    return GradLayout("DTensor", (Piece(param.shape),), tuple(sharded), tuple(replicated))
+            letters.append("R" if placement.is_replicate() else "S")
+    return "".join(letters)
+
+
+def encoded(letters: str) -> int:
+    """``letters`` as a number above 0."""
+    return int("".join(str(1 + "RSPA".index(letter)) for letter in letters))
+
+
+def decoded(number: int) -> str | None:
+    """What ``encoded`` made a number of; None of 0."""
+    return "".join("RSPA"[int(digit) - 1] for digit in str(number)) if number else None
+
+
+def reduced(param: DTensor, letters: str) -> Tensor:
+    """``param``'s gradient, placed as ``letters`` say, in the placements of ``param``; zeros where it has none."""
+    grad = param.grad
+    if grad is None:
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        other = {"R": Replicate(), "P": Partial("sum"), "A": Partial("avg")}
+        mesh = param.device_mesh
+        placements = [other.get(letter, own) for letter, own in zip(letters, param.placements, strict=True)]
+        shape, _ = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+        local = param._local_tensor.new_zeros(shape)
+        grad = DTensor.from_local(local, mesh, placements, shape=param.shape, stride=param.stride())
+    assert is_dtensor(grad)
+    return grad.redistribute(placements=param.placements)
+
+
+def laid_out(param: DTensor, letters: str) -> GradLayout:
+    """The layout of a gradient on ``param``'s mesh, placed as ``letters`` (see ``kinds``) say."""
+    mesh = param.device_mesh
+    if mesh.get_coordinate() is None:
+        return GradLayout("DTensor", ())
+    axes = [(letter, axis) for axis, letter in enumerate(letters) if mesh.size(axis) > 1]
+    found = [(letter, RankGroup.of(mesh.get_group(axis))) for letter, axis in axes]
+    return GradLayout(
+        "DTensor",
+        (Piece(param.shape),),
+        sharded=tuple(group for letter, group in found if letter == "S"),
+        replicated=tuple(group for letter, group in found if letter == "R"),
+        partial=tuple(group for letter, group in found if letter in "PA"),
+        partial_scale=1.0 / math.prod(len(group.ranks) for letter, group in found if letter == "A"),
+        letters=letters,
+        groups=tuple(group for _, group in found),
+    )

@@ -47,7 +47,9 @@ def _layouts(wrapper: FullyShardedDataParallel, handle: Any) -> Iterator[tuple[T
     nodes = (RankGroup.of(wrapper._inter_node_pg),) if getattr(wrapper, "_inter_node_pg", None) is not None else ()
     sharded, replicated = (ranks, nodes) if handle.uses_sharded_strategy else ((), ranks + nodes)
     guard = partial(_check_reduced, weakref.ref(wrapper), weakref.ref(handle))
-    layout = GradLayout("FSDP1", (), sharded, replicated, guard)
+    # Under NO_SHARD gradients are averaged as DDP does it: nobody needs to be asked.
+    groups = sharded + replicated if sharded else ()
+    layout = GradLayout("FSDP1", (), sharded, replicated, groups=groups, guard=guard)
     if flat_param._params is None:
         yield flat_param, replace(layout, pieces=tuple(_flat_pieces(flat_param)))
         return

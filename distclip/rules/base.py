@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +44,11 @@ class Rule:
     needs_per_tensor: bool = False
     bounds: tuple[float, float] | None = None
     """Where set, elements are limited to it and nothing is multiplied: the coefficient only tells how hard it bit."""
+
+    @property
+    def signature(self) -> str:
+        """A text that is the same on all ranks whose rules are: what they compare in each clip."""
+        return repr(self) if is_dataclass(self) else type(self).__qualname__
 
     def decide(self, norms: Norms) -> Decision:
         """Map one step's norms to what is done with its gradients.

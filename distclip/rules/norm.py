@@ -82,7 +82,8 @@ class ClipByValue(Rule):
     """Limit every element: ``g <- max(min(g, hi), lo)``; NaN stays NaN.
 
     The report's ``coefficient`` is the smallest factor that an element met; its ``threshold`` is the larger bound by
-    size. No element is written where all lie inside the bounds.
+    size. No element is written where all lie inside the bounds. DTensor gradients that are Partial are reduced first,
+    which costs one more collective for each.
 
     Args:
         clip_value: c, at least 0, for the bounds -c and c; or a pair (lo, hi).

@@ -1,0 +1,145 @@
+"""What the participants tell each other when a plan is built, before any of them relies on it.
+
+Every rank lists the tensors of which it has a piece as numbers: what the tensor is (a hash of its name and place on
+the job), how it looks (a hash of shape and dtype), into how many pieces it is cut, how its gradient is placed. From
+that all ranks learn, alike, how many have each tensor, and whether they mean the same. Texts travel only to word an
+error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distclip.groups import comm_device
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor, as one rank sees it."""
+
+    identity: str
+    """The same on two ranks where they have pieces of the same tensor."""
+    looks: str
+    """Must then be the same too."""
+    cut: int
+    """Number of distinct pieces."""
+    placed: int = 0
+    """How this rank's gradient is placed, as a number; 0 if it has none to tell."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all participants found, for this rank's entries in their order."""
+
+    holders: list[int]
+    """How many ranks have a piece of the tensor."""
+    slots: list[int]
+    """The tensor's place among all tensors of the job, the same on all ranks."""
+    slot_count: int
+    placed: list[int]
+    """How the tensor's gradient is placed, told by whichever ranks have one."""
+    reduces: bool
+    """Whether any rank's own gradients are not all of them."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Gathering by sums over one-hot rows: for any backend, without pickles. Collective over ``group``."""
+
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup
+    device: torch.device
+    """Where this rank's gradients live; where the backend allows, tensors travel from there."""
+
+    def gather(self, row: Tensor) -> Tensor:
+        """Everybody's ``row``, int64 and of one length on all ranks; shape ``(ranks, len(row))``."""
+        device = comm_device(self.group, self.device)
+        table = torch.zeros(len(self.ranks), row.numel(), dtype=torch.int64, device=device)
+        table[self.ranks.index(dist.get_rank())] = row.to(device)
+        dist.all_reduce(table, group=self.group)
+        return table.cpu()
+
+    def told(self, text: str) -> str:
+        """A line for each distinct text of the ranks, with those that said it."""
+        encoded = torch.tensor(list(text.encode()), dtype=torch.int64)
+        lengths = self.gather(torch.tensor([len(encoded)])).flatten().tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.int64)
+        padded[: len(encoded)] = encoded
+        said: dict[str, list[int]] = {}
+        for rank, length, row in zip(self.ranks, lengths, self.gather(padded).tolist(), strict=True):
+            said.setdefault(bytes(row[:length]).decode() or "nothing of that", []).append(rank)
+        return "".join(f"\n  on rank {', '.join(map(str, ranks))}: {text}" for text, ranks in said.items())
+
+
+def alone(entries: Sequence[Entry]) -> Agreement:
+    """The agreement of a rank that needs no other."""
+    count = len(entries)
+    return Agreement([1] * count, list(range(count)), count, [entry.placed for entry in entries], reduces=False)
+
+
+def agree(wire: Wire, entries: Sequence[Entry], reduces: bool) -> Agreement:
+    """Compare tensors with all participants. Collective.
+
+    Raises:
+        RuntimeError: the ranks disagree; on all of them, naming what differs.
+    """
+    mine = torch.tensor([[digest(e.identity), digest(e.looks), e.cut, e.placed] for e in entries], dtype=torch.int64)
+    mine = mine.view(-1, 4)
+    summary = wire.gather(torch.tensor([len(mine), digest(str(mine.tolist())), reduces]))
+    reduces = bool(summary[:, 2].any())
+    if len(set(summary[:, 1].tolist())) == 1:
+        rows, ranks = mine.repeat(len(wire.ranks), 1), len(wire.ranks)
+        places = list(range(len(mine)))
+        _check(wire, entries, mine, torch.full((len(mine),), ranks), torch.arange(len(mine)).repeat(ranks), rows)
+        return Agreement([ranks] * len(mine), places, len(mine), mine[:, 3].tolist(), reduces)
+
+    # Ranks have different tensors: stages, experts, gradients that some ranks miss.
+    longest = int(summary[:, 0].max())
+    padded = torch.zeros(longest, 4, dtype=torch.int64)
+    padded[: len(mine)] = mine
+    listed = torch.arange(longest) < summary[:, :1]
+    rows = wire.gather(padded.view(-1)).view(-1, longest, 4)[listed]
+    identities, index, holders = rows[:, 0].unique(return_inverse=True, return_counts=True)
+    _check(wire, entries, identities.view(-1, 1), holders, index, rows)
+    slots = torch.searchsorted(identities, mine[:, 0].contiguous())
+    placed = torch.zeros_like(identities).scatter_reduce(0, index, rows[:, 3], "amax")
+    return Agreement(holders[slots].tolist(), slots.tolist(), len(identities), placed[slots].tolist(), reduces)
+
+
+def _check(
+    wire: Wire, entries: Sequence[Entry], identities: Tensor, holders: Tensor, index: Tensor, rows: Tensor
+) -> None:
+    """Raise where ranks mean different things by one identity. All ranks check the same numbers."""
+    wrong = _differing(len(holders), index, rows[:, 1]) | _differing(len(holders), index, rows[:, 2])
+    # A rank without a gradient says nothing of how it is placed.
+    told = rows[:, 3] != 0
+    wrong |= _differing(len(holders), index[told], rows[told, 3])
+    cut = torch.ones_like(holders).scatter_reduce(0, index, rows[:, 2], "amax")
+    wrong |= holders % cut != 0
+    if wrong.any():
+        first = int(identities[int(wrong.nonzero()[0]), 0])
+        mine = [f"{e.identity}: {e.looks}, in {e.cut} pieces" for e in entries if digest(e.identity) == first]
+        raise RuntimeError(
+            f"the ranks that take part in this clip disagree on a tensor:{wire.told('; '.join(mine))}\n"
+            "No gradient was changed. Clip the same model on every rank; name pipeline_group= where ranks hold stages, "
+            "and declare(..., sharded=group) where they hold different tensors under one name."
+        )
+
+
+def _differing(count: int, index: Tensor, values: Tensor) -> Tensor:
+    """For each of ``count`` tensors, whether the values that ``index`` assigns to it are not all equal."""
+    limits = torch.iinfo(torch.int64)
+    low = torch.full((count,), limits.max).scatter_reduce(0, index, values, "amin")
+    high = torch.full((count,), limits.min).scatter_reduce(0, index, values, "amax")
+    return low < high
+
+
+def digest(text: str) -> int:
+    """64 bits that stand for a text on the wire."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
