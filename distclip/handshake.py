@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
@@ -44,8 +44,19 @@ class Agreement:
     slot_count: int
     placed: list[int]
     """How the tensor's gradient is placed, told by whichever ranks have one."""
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What holds of any participant; agreed, of all together."""
+
     reduces: bool
-    """Whether any rank's own gradients are not all of them."""
+    """Some gradients are not whole on the rank."""
+    wide: bool
+    """Some parameters are float64 or complex128."""
+    narrow: bool
+    """Some are of another dtype."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +88,13 @@ class Wire:
         return "".join(f"\n  on rank {', '.join(map(str, ranks))}: {text}" for text, ranks in said.items())
 
 
-def alone(entries: Sequence[Entry]) -> Agreement:
+def alone(entries: Sequence[Entry], facts: Facts) -> Agreement:
     """The agreement of a rank that needs no other."""
     count = len(entries)
-    return Agreement([1] * count, list(range(count)), count, [entry.placed for entry in entries], reduces=False)
+    return Agreement([1] * count, list(range(count)), count, [entry.placed for entry in entries], facts)
 
 
-def agree(wire: Wire, entries: Sequence[Entry], reduces: bool) -> Agreement:
+def agree(wire: Wire, entries: Sequence[Entry], facts: Facts) -> Agreement:
     """Compare tensors with all participants. Collective.
 
     Raises:
@@ -91,13 +102,13 @@ def agree(wire: Wire, entries: Sequence[Entry], reduces: bool) -> Agreement:
     """
     mine = torch.tensor([[digest(e.identity), digest(e.looks), e.cut, e.placed] for e in entries], dtype=torch.int64)
     mine = mine.view(-1, 4)
-    summary = wire.gather(torch.tensor([len(mine), digest(str(mine.tolist())), reduces]))
-    reduces = bool(summary[:, 2].any())
+    summary = wire.gather(torch.tensor([len(mine), digest(str(mine.tolist())), *astuple(facts)]))
+    facts = Facts(*summary[:, 2:].any(0).tolist())
     if len(set(summary[:, 1].tolist())) == 1:
         rows, ranks = mine.repeat(len(wire.ranks), 1), len(wire.ranks)
         places = list(range(len(mine)))
         _check(wire, entries, mine, torch.full((len(mine),), ranks), torch.arange(len(mine)).repeat(ranks), rows)
-        return Agreement([ranks] * len(mine), places, len(mine), mine[:, 3].tolist(), reduces)
+        return Agreement([ranks] * len(mine), places, len(mine), mine[:, 3].tolist(), facts)
 
     # Ranks have different tensors: stages, experts, gradients that some ranks miss.
     longest = int(summary[:, 0].max())
@@ -109,7 +120,7 @@ def agree(wire: Wire, entries: Sequence[Entry], reduces: bool) -> Agreement:
     _check(wire, entries, identities.view(-1, 1), holders, index, rows)
     slots = torch.searchsorted(identities, mine[:, 0].contiguous())
     placed = torch.zeros_like(identities).scatter_reduce(0, index, rows[:, 3], "amax")
-    return Agreement(holders[slots].tolist(), slots.tolist(), len(identities), placed[slots].tolist(), reduces)
+    return Agreement(holders[slots].tolist(), slots.tolist(), len(identities), placed[slots].tolist(), facts)
 
 
 def _check(

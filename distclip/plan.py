@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip.handshake import Agreement, Entry, Wire, agree, alone
+from distclip.handshake import Agreement, Entry, Facts, Wire, agree, alone
 from distclip.kernels.common import WIDE
 from distclip.layout import GradLayout, Piece, RankGroup, layout_of, version
 from distclip.layout.dtensor import decoded, encoded, is_dtensor, kinds
@@ -48,7 +48,7 @@ class Plan:
     device: torch.device
     """Where norms are returned if this rank has no gradient."""
     float64: bool
-    """Whether every parameter is float64, and so are the norms."""
+    """Whether every parameter of every participant is float64, and so are the norms."""
     wide: bool
     """Whether any is, so that the powers of its gradients may leave float64."""
     version: int
@@ -86,11 +86,11 @@ def make_plan(
     stages = f", pipeline of {len(pipeline.ranks)} ranks" if pipeline else ", no pipeline_group"
     participants = connect(groups, device, settings + stages)
     agreement = _agreed(names, params, layouts, participants, pipeline, device)
+    facts = agreement.facts
     layouts, settled = _as_placed(params, layouts, agreement, linear)
     tensors = list(_tensors(names, params, layouts))
     held = list(zip(tensors, agreement.holders, strict=True))
-    shares = [tensor.layout.distinct / holders if agreement.reduces else 1.0 for tensor, holders in held]
-    wide = [param.dtype in WIDE for param in params]
+    shares = [tensor.layout.distinct / holders if facts.reduces else 1.0 for tensor, holders in held]
     return Plan(
         names=tuple(names),
         layouts=tuple(layouts),
@@ -105,11 +105,11 @@ def make_plan(
             for place, (tensor, holders) in enumerate(held)
             if tensor.layout.partial
         },
-        participants=participants if agreement.reduces else Participants(),
+        participants=participants if facts.reduces else Participants(),
         guards=frozenset(layout.guard for layout in layouts if layout.guard is not None),
         device=device,
-        float64=bool(wide) and all(wide),
-        wide=any(wide),
+        float64=facts.wide and not facts.narrow,
+        wide=facts.wide,
         version=version(),
     )
 
@@ -150,11 +150,16 @@ def _agreed(
         Entry(_identity(tensor, pipeline), _looks(tensor), tensor.layout.distinct, _placed(tensor.param))
         for tensor in _tensors(names, params, layouts)
     ]
+    placed = {letter for entry in entries for letter in decoded(entry.placed) or ""}
+    wide = {param.dtype in WIDE for param in params}
+    facts = Facts(
+        reduces=pipeline is not None or bool(placed - {"R"}) or any(layout.needs_reduction for layout in layouts),
+        wide=True in wide,
+        narrow=False in wide,
+    )
     if participants.group is None:
-        return alone(entries)
-    partial = any("P" in (decoded(e.placed) or "") or "A" in (decoded(e.placed) or "") for e in entries)
-    reduces = pipeline is not None or partial or any(layout.needs_reduction for layout in layouts)
-    return agree(Wire(participants.ranks, participants.group, device), entries, reduces)
+        return alone(entries, facts)
+    return agree(Wire(participants.ranks, participants.group, device), entries, facts)
 
 
 def _identity(tensor: _Tensor, pipeline: RankGroup | None) -> str:

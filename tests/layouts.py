@@ -164,6 +164,17 @@ def _fsdp2(net: Net, *, shape: tuple[int, ...] | None = None, ignore: bool = Fal
     return net
 
 
+def _fsdp2_context_parallel(net: Net) -> nn.Module:
+    """Parameters sharded over data and context parallel ranks alike, by a flattened mesh."""
+    shape = (2, dist.get_world_size() // 2)
+    mesh = init_device_mesh(net.scale.device.type, shape, mesh_dim_names=("dp", "cp"))
+    flat = mesh["dp", "cp"]._flatten("dp_cp")
+    for block in net.blocks:
+        fully_shard(block, mesh=flat)
+    fully_shard(net, mesh=flat)
+    return net
+
+
 def _fsdp2_mixed_dtypes(net: Net) -> nn.Module:
     net.blocks[0].double()
     _cast_around(net.blocks[0], torch.float64)
@@ -253,6 +264,7 @@ def _fsdp2_rows() -> list[Layout]:
         Layout("fsdp2-ignored", partial(_fsdp2, ignore=True)),
         Layout("fsdp2-cpu-offload", partial(_fsdp2, offload_policy=offload)),
         Layout("fsdp2-accumulate", _fsdp2, accumulate=True),
+        Layout("fsdp2-context-parallel", _fsdp2_context_parallel, (4,)),
         Layout("hsdp-2x", partial(_fsdp2, shape=(2, -1)), (4,)),
         Layout("hsdp-only-replicas", partial(_fsdp2, shape=(2, 1)), (2,), collectives=0),
         Layout("hsdp-only-shards", partial(_fsdp2, shape=(1, 2)), (2,)),

@@ -1,5 +1,7 @@
 """How many collectives a clip costs under every layout, and that nobody waits for ranks that take no part."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,6 +51,46 @@ def test_collectives_of_one_clip(layout: Layout, rule: distclip.Rule) -> None:
         assert len(first) >= layout.collectives
         if plain and not layout.collectives:
             assert first == []
+
+
+# README's rows, and those of tests/layouts.py that stand behind each.
+README_TABLE: list[tuple[str, list[str]]] = [
+    ("one process", ["single"]),
+    (
+        "`DistributedDataParallel`, `replicate` (plain tensors or DTensors), `ZeroRedundancyOptimizer`",
+        ["ddp", "ddp-accumulate", "replicate", "replicate-dtensor", "hsdp-only-replicas"],
+    ),
+    (
+        "FSDP1 `FULL_SHARD`, `SHARD_GRAD_OP`, `HYBRID_SHARD`, `_HYBRID_SHARD_ZERO2`: flat or `use_orig_params`, "
+        "nested, `ignored_states`, mixed dtypes, mixed precision, CPU offload",
+        [name for name in LAYOUTS if name.startswith("fsdp1") and "no_shard" not in name],
+    ),
+    ("FSDP1 `NO_SHARD`", ["fsdp1-no_shard-orig", "fsdp1-no_shard-flat"]),
+    (
+        "FSDP2 `fully_shard` and HSDP: uneven and empty shards, ignored, frozen and tied parameters, "
+        "`MixedPrecisionPolicy`, `CPUOffloadPolicy`, meshes flattened for context parallel",
+        [name for name in LAYOUTS if name.startswith("fsdp2") and "tp" not in name] + ["hsdp-2x", "hsdp-only-shards"],
+    ),
+    (
+        "tensor and sequence parallel: colwise, rowwise, vocabulary parallel, norms plain or DTensors, "
+        "Partial gradients",
+        ["tp", "tp-sequence"],
+    ),
+    ("FSDP2 + TP (2-D), HSDP + TP (3-D)", ["fsdp2+tp", "fsdp2+tp-sequence", "hsdp+tp"]),
+]
+
+
+@pytest.mark.parametrize(("row", "names"), README_TABLE, ids=[row.split(":")[0] for row, _ in README_TABLE])
+def test_readme_tells_the_number(row: str, names: list[str]) -> None:
+    counts = {LAYOUTS[name].collectives for name in names}
+    assert len(counts) == 1
+    line = f"| {row} | {counts.pop()} |"
+    print(line)
+    assert line in (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_readme_leaves_no_layout_out() -> None:
+    assert {name for _, names in README_TABLE for name in names} == set(LAYOUTS)
 
 
 @ranks(2)

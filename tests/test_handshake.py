@@ -233,3 +233,12 @@ def wait_for_a_rank_that_never_comes() -> None:
 def test_a_rank_that_never_clips_ends_with_the_group() -> None:
     with pytest.raises(RanksFailed, match="rank 0"):
         run_ranks(wait_for_a_rank_that_never_comes, 2, timeout=15)
+
+
+@ranks(2)
+def test_gradients_cut_where_all_parameters_are_replicated() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Replicate()]))
+    whole = torch.arange(12.0).view(4, 3)
+    param.grad = distribute_tensor(whole, mesh, [Shard(0)])
+    assert distclip.grad_norm(param).item() == pytest.approx(whole.norm().item(), rel=1e-6)

@@ -1,5 +1,8 @@
 """Who takes part: the closure over overlapping groups, against a union-find on one process."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -75,6 +78,24 @@ def test_comm_device() -> None:
     assert comm_device(group, torch.device("cpu")) == torch.device("cpu")
     # A device that no backend of the group serves: its gradients' sums travel by way of the host.
     assert comm_device(group, torch.device("meta")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("serves", "gradients", "expected"),
+    [
+        (["cuda"], "cpu", "cuda"),  # offloaded gradients, a group of NCCL alone: by way of the GPU
+        (["cpu"], "cuda", "cpu"),
+        (["cpu", "cuda"], "cuda", "cuda"),
+        (["cpu", "cuda"], "cpu", "cpu"),
+    ],
+)
+def test_comm_device_by_backend(
+    serves: list[str], gradients: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group: Any = SimpleNamespace(_device_types=[torch.device(kind) for kind in serves])
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    assert comm_device(group, torch.device(gradients)).type == expected
 
 
 def test_one_process_needs_no_group() -> None:

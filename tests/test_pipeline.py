@@ -291,3 +291,14 @@ def test_a_group_that_this_rank_is_not_in() -> None:
     if dist.get_rank() == 1:
         with pytest.raises(ValueError, match="rank 1 is not in the group"):
             distclip.GradClipper(nn.Linear(1, 1), pipeline_group=alone)
+
+
+@ranks(2)
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float64, torch.float32)])
+def test_the_dtype_of_the_norm_is_agreed(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    stage = nn.Linear(3, 3, dtype=dtypes[dist.get_rank()])
+    for param in stage.parameters():
+        param.grad = torch.ones_like(param)
+    norm = distclip.grad_norm(stage, pipeline_group=dist.group.WORLD)
+    assert norm.dtype == dtypes[1]
+    assert norm.item() == pytest.approx(24**0.5)

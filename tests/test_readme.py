@@ -1,44 +1,65 @@
 """README's Python blocks run as they are written."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import distclip
+from tests.ranks import run_ranks
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(4, 3)
+        self.experts = nn.Linear(3, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.experts(self.embed(tokens))
+        return out
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    result: Tensor = model(batch).square().sum()
+    return result
+
+
 def setting() -> dict[str, Any]:
-    """What the blocks take for granted, as a script around them would have it."""
-    import distclip
-
-    model = nn.Linear(3, 2)
-    model(torch.ones(1, 3)).sum().backward()
-
-    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = model(batch).square().sum()
-        return result
-
+    """What the blocks take for granted, as a script around them would have it; every group is this one rank."""
+    model = Model()
+    loss(model, torch.tensor([1, 2])).backward()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    batches = [torch.ones(1, 3), torch.zeros(1, 3)]
-    names = {"distclip": distclip, "GradClipper": distclip.GradClipper, "step": 0}
-    return names | {"model": model, "loss": loss, "optimizer": optimizer, "batches": batches}
+    groups = dict.fromkeys(("pp_group", "ep_group", "embedding_group"), dist.group.WORLD)
+    names = {"distclip": distclip, "GradClipper": distclip.GradClipper, "loss": loss, "step": 0}
+    return names | groups | {"model": model, "stage": model, "optimizer": optimizer, "batches": [torch.tensor([3])]}
+
+
+def run(block: str) -> str:
+    names = setting()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(block, names)
+        clipper = names.get("clipper")
+        if clipper is not None and clipper.report is None:
+            clipper.clip()
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
-def test_block(block: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names = setting()
-    exec(block, names)
-    clipper = names.get("clipper")
-    if clipper is not None and clipper.report is None:
-        clipper.clip()
+def test_block(block: str) -> None:
+    (printed,) = run_ranks(run, 1, block)
     if "report.to_dict()" in block:
-        assert "'total_norm': " in capsys.readouterr().out
+        assert "'total_norm': " in printed
 
 
 def test_every_block_was_found() -> None:
-    assert len(BLOCKS) >= 4
+    assert len(BLOCKS) >= 5
