@@ -30,14 +30,15 @@ class _Entry:
         return (
             len(params) == len(self.params)
             and self.plan.is_current
-            and settings in (None, self.settings)
-            and pipeline == self.pipeline
+            and (settings is None or (settings, pipeline) == (self.settings, self.pipeline))
             and all(map(is_, (ref() for ref in self.params), params))
             and self.wrapped == wrapped(params)
         )
 
 
+# By the first parameter. A rank without any takes part in its pipeline's clips all the same.
 _entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_without_parameters: list[_Entry] = []
 
 
 def plan_for(
@@ -55,7 +56,7 @@ def plan_for(
         settings: what the plan is for; None takes any.
         pipeline, linear: see ``make_plan``.
     """
-    entries: list[_Entry] = _entries.get(params[0], []) if params else []
+    entries: list[_Entry] = _entries.setdefault(params[0], []) if params else _without_parameters
     for entry in entries:
         if entry.serves(params, settings, pipeline):
             return entry.plan
@@ -63,7 +64,6 @@ def plan_for(
         learn(module)
     settings = settings or ""
     plan = make_plan(names(modules, params), params, settings=settings, pipeline=pipeline, linear=linear)
-    if params:
-        entry = _Entry(tuple(weakref.ref(param) for param in params), wrapped(params), settings, pipeline, plan)
-        _entries[params[0]] = [entry, *(old for old in entries if old.plan.is_current)][:_LISTS_KEPT]
+    entry = _Entry(tuple(weakref.ref(param) for param in params), wrapped(params), settings, pipeline, plan)
+    entries[:] = [entry, *(old for old in entries if old.plan.is_current)][:_LISTS_KEPT]
     return plan

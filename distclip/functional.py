@@ -139,7 +139,10 @@ def clip_grad_value_(
     """
     bounds = value_bounds(clip_value)
     modules, params = split(parameters)
-    plan = plan_for(modules, params, "limits elements", linear=False)
+    plan = plan_for(modules, params)
+    if plan.riding:
+        # Elements can be limited only once they are reduced.
+        plan = plan_for(modules, params, "limits elements", linear=False)
     grads = local_grads(plan, params)
     check_limits(plan, grads, bounds)
     clamp_(grads, bounds, foreach)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -221,6 +222,19 @@ def test_a_stage_without_parameters_and_one_without_gradients(rule: distclip.Rul
     truth = {name: grad for name, grad in whole_model().items() if name.startswith(("2.", "3."))}
     report = distclip.GradClipper(stage, rule, pipeline_group=dist.group.WORLD).clip()
     assert report.total_norm.item() == pytest.approx(oracle.norm(truth), rel=1e-6)
+
+
+@ranks(2)
+def test_drop_in_functions_on_a_stage_without_parameters() -> None:
+    everything = nn.Sequential(*make_layers())
+    loss_of(everything(batch()[0]), batch()[1]).backward()
+    truth = oracle.norm(oracle.whole_grads(everything))
+    stage = everything if dist.get_rank() else nn.Identity()
+    for _ in range(3):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="parameters is empty")
+            norm = distclip.grad_norm(stage, pipeline_group=dist.group.WORLD)
+        assert norm.item() == pytest.approx(truth, rel=1e-6)
 
 
 @ranks(2)
