@@ -70,7 +70,7 @@ class GradClipper:
         self.steps = 0
         """Number of clips so far."""
         self._pipeline = as_rank_group("pipeline_group", pipeline_group)
-        self._params = ModuleParameters(_as_modules(model))
+        self._params = ModuleParameters(_as_modules(model), may_be_empty=pipeline_group is not None)
         self._plan: Plan | None = None
         self._clipped: list[tuple[weakref.ref[Tensor], int]] = []
 
@@ -122,7 +122,7 @@ class GradClipper:
         if self._params.changed or (self._plan is not None and not self._plan.is_current):
             if self._plan is not None:
                 engine.announce_stale(self._plan, self.rule)
-            self._params = ModuleParameters(self._params.modules)
+            self._params = ModuleParameters(self._params.modules, may_be_empty=True)
             self._plan, self._clipped = None, []
         if self._plan is None:
             for module in self._params.modules:

@@ -67,7 +67,7 @@ def clip_grad_norm_(
         ``torch.nn.utils.clip_grad_norm_``; Pascanu et al. (arXiv 1211.5063).
     """
     rule = ClipByGlobalNorm(max_norm, norm_type)
-    modules, params = split(parameters)
+    modules, params = split(parameters, may_be_empty=pipeline_group is not None)
     plan = plan_for(modules, params, engine.settings_of(rule), as_rank_group("pipeline_group", pipeline_group))
     nonfinite: engine.NonFinite = "raise" if error_if_nonfinite else "propagate"
     return engine.clip(plan, params, rule, nonfinite, foreach).total_norm

@@ -19,8 +19,10 @@ Parameters = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Module]
 _WRAPPED_CHILDREN = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
 
 
-def split(parameters: Parameters) -> tuple[list[nn.Module], list[Tensor]]:
+def split(parameters: Parameters, may_be_empty: bool = False) -> tuple[list[nn.Module], list[Tensor]]:
     """The modules and the tensors that a user passed, each tensor once, those of the modules included.
+
+    Warns where there is nothing, unless that ``may_be`` (a pipeline can have stages without parameters).
 
     Raises:
         TypeError: ``parameters`` holds something that is neither a tensor nor a module.
@@ -39,7 +41,7 @@ def split(parameters: Parameters) -> tuple[list[nn.Module], list[Tensor]]:
                 f"parameters must hold tensors or modules, got {type(item).__name__}: {item!r:.80}. Pass a model, a "
                 "tensor, or an iterable of them (for optimizer param groups: group['params'])."
             )
-    if not tensors:
+    if not tensors and not may_be_empty:
         _warn_empty(parameters)
     return modules, list({id(tensor): tensor for tensor in tensors}.values())
 
@@ -92,9 +94,9 @@ class ModuleParameters:
     Walking a model's modules costs more than clipping it; comparing what their dictionaries hold does not.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], may_be_empty: bool = False) -> None:
         self.modules = modules
-        _, self.tensors = split(modules)
+        _, self.tensors = split(modules, may_be_empty)
         every = {id(module): module for root in modules for module in root.modules()}.values()
         self._dicts: list[dict[str, Any]] = [module._modules for module in every]
         self._dicts += [module._parameters for module in every]

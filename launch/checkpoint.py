@@ -9,12 +9,16 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from distclip import GradClipper
+
+#: The optimizer's settings for each parameter under its name. In a list, where parameters have numbers, those of two
+#: pipeline stages would overwrite each other.
+OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def save_step(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, clipper: GradClipper) -> None:
@@ -28,7 +32,8 @@ def load_newest(folder: Path, model: nn.Module, optimizer: Optimizer, clipper: G
     step, newest = find_newest(folder)
     state = _state(model, optimizer, clipper)
     load(state, checkpoint_id=newest, no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    set_state_dict(model, optimizer, **parts, options=OPTIONS)
     clipper.load_state_dict(state["clipper"])
     return step
 
@@ -43,5 +48,5 @@ def find_newest(folder: Path) -> tuple[int, Path]:
 
 
 def _state(model: nn.Module, optimizer: Optimizer, clipper: GradClipper) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
     return {"model": model_state, "optimizer": optimizer_state, "clipper": clipper.state_dict()}

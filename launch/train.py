@@ -1,7 +1,8 @@
 """Train a small model with clipped gradients, on one process or on many. Copy from here.
 
 All that distclip asks of a training script stands in `Training`: a GradClipper, made once the model is wrapped, and one
-call of clip() between backward() and optimizer.step(). It is the same for every --parallel.
+call of clip() between backward() and optimizer.step(). It is the same for every --parallel, but for what a rank cannot
+see by itself: `pipeline_group=` names the ranks of the other stages, `declare()` those of the other experts.
 """
 
 import sys
@@ -11,16 +12,18 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 try:
     import checkpoint
     import data
     import distclip
     import parallel
+    import ranks
+    from arguments import make_rule, parse
     from comparison import Comparison, Run
-    from models import make_model
-    from options import Options, make_rule, parse
+    from models import make_model, mean_loss
+    from options import Options
+    from ranks import Job
     from run_log import RunLog
     from step import Step
 except ModuleNotFoundError as missing:
@@ -31,16 +34,23 @@ except ModuleNotFoundError as missing:
 class Training:
     """The model, its optimizer and its clipper, and how they make one step."""
 
-    def __init__(self, options: Options, examples: data.Data, job: parallel.Job) -> None:
+    def __init__(self, options: Options, examples: data.Data, job: Job) -> None:
         torch.manual_seed(options.seed)  # the same weights on every rank, however many there are
         self.options = options
         self.examples = examples
         self.job = job
-        model = make_model(examples).to(job.device)
-        self.model = parallel.WRAPPERS[options.parallel](model, job, options.precision)
+        model = make_model(examples, experts=options.experts).to(job.device)
+        way = parallel.WAYS[options.parallel]
+        self.place = way.place(job.rank, job.world)
+        self.spread = way.spread(model, job, options)
+        self.model = self.spread.model
         # Not Adam: it divides by the gradients' own size, so clipping, right or wrong, would hardly show.
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=options.lr, momentum=0.9)
-        self.clipper = distclip.GradClipper(self.model, make_rule(options.rule))
+        # Not foreach: under tensor parallelism the parameters lie on several meshes, which torch's foreach refuses.
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=options.lr, momentum=0.9, foreach=False)
+        if self.spread.experts:
+            distclip.declare(self.spread.experts, sharded=self.spread.expert_group)
+        self.pipeline_group = self.spread.pipeline_group
+        self.clipper = distclip.GradClipper(self.model, make_rule(options.rule), pipeline_group=self.pipeline_group)
 
     def step(self, number: int) -> Step:
         """Train on the global batch of step `number`. Every rank returns the same numbers."""
@@ -49,12 +59,13 @@ class Training:
         report = self.clipper.clip().to_dict()
         # Measured for the figure; a script that needs no figure leaves this out. Norm x coefficient would be right for
         # a global norm only, not for rules that treat each tensor or element by itself.
-        clipped_norm = distclip.grad_norm(self.model, getattr(self.clipper.rule, "norm_type", 2.0)).item()
+        p = getattr(self.clipper.rule, "norm_type", 2.0)
+        clipped_norm = distclip.grad_norm(self.model, p, pipeline_group=self.pipeline_group).item()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return Step(
             step=number,
-            loss=parallel.global_mean(loss, self.job),
+            loss=ranks.global_mean(loss, self.job),
             total_norm=report["total_norm"],
             clipped_norm=clipped_norm,
             coefficient=report["coefficient"],
@@ -70,20 +81,23 @@ class Training:
         """Leave the gradient of the global batch's mean loss in .grad; return the mean loss of this rank's share."""
         options = self.options
         batch = data.global_batch(self.examples, options.batch, seed=options.seed, step=number)
-        parts = parallel.share(batch, self.job, options.accumulate)
+        part = parallel.share(batch, self.place, self.job.device)
+        if self.spread.pipeline:
+            with parallel.autocast(self.model, self.job, options.precision):
+                return self.spread.pipeline.backward(part)
         total = torch.zeros((), device=self.job.device)
-        for index, (inputs, targets) in enumerate(parts):
-            with parallel.accumulating(self.model, last=index == len(parts) - 1):
+        for index, (inputs, targets) in enumerate(parallel.microbatches(part, options.accumulate)):
+            with parallel.accumulating(self.model, last=index == options.accumulate - 1):
                 with parallel.autocast(self.model, self.job, options.precision):
                     logits = self.model(inputs)
-                loss = functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
                 # The wrapper averages over the ranks; this, over the micro-batches.
-                (loss / len(parts)).backward()
-            total += loss.detach() / len(parts)
+                loss = mean_loss(logits, targets) / options.accumulate
+                loss.backward()
+            total += loss.detach()
         return total
 
 
-def train(options: Options, examples: data.Data, job: parallel.Job) -> Run:
+def train(options: Options, examples: data.Data, job: Job) -> Run:
     """Go through the steps, on all ranks alike. With --resume, start where the newest checkpoint stands."""
     training = Training(options, examples, job)
     state = training.model, training.optimizer, training.clipper
@@ -101,14 +115,14 @@ def train(options: Options, examples: data.Data, job: parallel.Job) -> Run:
         each = isinstance(training.clipper.rule, distclip.ClipByNorm | distclip.ClipByValue)
         title = f"{options.model}, {options.parallel} on {_ranks(job.world)}, {options.rule}"
         log.finish(title, draw_threshold=not each)
-    return steps, parallel.full_parameters(training.model, job) if options.compare else {}
+    return steps, parallel.full_parameters(training.spread) if options.compare else {}
 
 
-def train_alone(options: Options, examples: data.Data, job: parallel.Job) -> Run:
+def train_alone(options: Options, examples: data.Data, job: Job) -> Run:
     """The same steps on this process alone, each on the whole batch at once; what --compare holds against the ranks."""
     training = Training(replace(options, parallel="single", accumulate=1), examples, replace(job, world=1))
     steps = [training.step(number) for number in range(1, options.steps + 1)]
-    return steps, parallel.full_parameters(training.model, job)
+    return steps, parallel.full_parameters(training.spread)
 
 
 def main() -> int:
@@ -118,10 +132,10 @@ def main() -> int:
         examples = data.load(options.data, options.text)
     except (OSError, ValueError) as mistake:
         sys.exit(f"--text {options.text}: {mistake}")
-    job = parallel.start(options.parallel)
+    job = ranks.start(options.parallel)
     here = train(options, examples, job)
     # Then the other ranks are done. Rank 0 compares without them, so that none waits so long that it times out.
-    parallel.stop()
+    ranks.stop()
     if job.rank > 0 or not options.compare:
         return 0
     print(f"Training the same {options.steps} steps again on one process ...", flush=True)
