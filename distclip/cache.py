@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from operator import is_
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from distclip.layout import RankGroup, learn, wrapped
+from distclip.layout import RankGroup, learn
+from distclip.layout.memory import Mark, Memory, mark_of
 from distclip.parameters import names
 from distclip.plan import Plan, make_plan
 
@@ -20,24 +20,22 @@ _LISTS_KEPT = 16
 
 @dataclass(frozen=True)
 class _Entry:
-    params: tuple[weakref.ref[Tensor], ...]
-    wrapped: list[bool]
+    marks: tuple[weakref.ref[Mark], ...]
     settings: str
     pipeline: RankGroup | None
     plan: Plan
 
     def serves(self, params: Sequence[Tensor], settings: str | None, pipeline: RankGroup | None) -> bool:
         return (
-            len(params) == len(self.params)
-            and self.plan.is_current
+            len(params) == len(self.marks)
             and (settings is None or (settings, pipeline) == (self.settings, self.pipeline))
-            and all(map(is_, (ref() for ref in self.params), params))
-            and self.wrapped == wrapped(params)
+            and all(map(is_, (ref() for ref in self.marks), map(mark_of, params)))
+            and self.plan.holds_for(params)
         )
 
 
 # By the first parameter. A rank without any takes part in its pipeline's clips all the same.
-_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_entries: Memory[list[_Entry]] = Memory()
 _without_parameters: list[_Entry] = []
 
 
@@ -56,7 +54,7 @@ def plan_for(
         settings: what the plan is for; None takes any.
         pipeline, linear: see ``make_plan``.
     """
-    entries: list[_Entry] = _entries.setdefault(params[0], []) if params else _without_parameters
+    entries = (_entries.get(params[0]) or []) if params else _without_parameters
     for entry in entries:
         if entry.serves(params, settings, pipeline):
             return entry.plan
@@ -64,6 +62,8 @@ def plan_for(
         learn(module)
     settings = settings or ""
     plan = make_plan(names(modules, params), params, settings=settings, pipeline=pipeline, linear=linear)
-    entry = _Entry(tuple(weakref.ref(param) for param in params), wrapped(params), settings, pipeline, plan)
-    entries[:] = [entry, *(old for old in entries if old.plan.is_current)][:_LISTS_KEPT]
+    entry = _Entry(tuple(weakref.ref(mark_of(param)) for param in params), settings, pipeline, plan)
+    entries[:] = [entry, *(old for old in entries if old.plan.participants.is_current)][:_LISTS_KEPT]
+    if params:
+        _entries[params[0]] = entries
     return plan

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from distclip import engine
 from distclip.layout import learn
-from distclip.layout.declared import Group, as_rank_group
-from distclip.parameters import ModuleParameters, names
+from distclip.layout.declared import Group, as_rank_group, carry_over
+from distclip.parameters import ModuleParameters
 from distclip.plan import Plan, make_plan
 from distclip.reduction import StalePlan
 from distclip.report import ClipReport
@@ -22,6 +22,9 @@ from distclip.warning import warn
 
 # Gradients compared to notice a second clip() of the same step.
 _WITNESSES = 8
+# What is left on them: who clipped, and their version then. (Weak references would keep Module.to() from swapping
+# them.)
+_CLIPPED = "_distclip_clipped"
 
 
 class GradClipper:
@@ -72,7 +75,7 @@ class GradClipper:
         self._pipeline = as_rank_group("pipeline_group", pipeline_group)
         self._params = ModuleParameters(_as_modules(model), may_be_empty=pipeline_group is not None)
         self._plan: Plan | None = None
-        self._clipped: list[tuple[weakref.ref[Tensor], int]] = []
+        self._settings = ""
 
     @torch.no_grad()
     def clip(self) -> ClipReport:
@@ -82,7 +85,9 @@ class GradClipper:
             The report, the same on every rank; also kept as ``clipper.report``.
 
         Raises:
-            RuntimeError: a non-finite norm with ``nonfinite="raise"``; gradients that FSDP has not reduced yet.
+            RuntimeError: a non-finite norm with ``nonfinite="raise"``; gradients that FSDP has not reduced yet; ranks
+                that disagree.
+            Failure: another rank raised, and says why.
             TypeError: a gradient that the rule cannot be defined for (complex or sparse under ClipByValue).
             OverflowError: ``|g|**p`` leaves float64.
         """
@@ -96,8 +101,8 @@ class GradClipper:
             self._plan = None
             self.report = engine.clip(self._current_plan(), params, self.rule, self.nonfinite)
         self.steps += 1
-        grads = [param.grad for param in params if param.grad is not None][:_WITNESSES]
-        self._clipped = [(weakref.ref(grad), _version(grad)) for grad in grads]
+        for grad in self._witnesses():
+            setattr(grad, _CLIPPED, (id(self), _version(grad)))
         return self.report
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,26 +124,38 @@ class GradClipper:
         self.steps = state_dict["steps"]
 
     def _current_plan(self) -> Plan:
-        if self._params.changed or (self._plan is not None and not self._plan.is_current):
+        settings = engine.settings_of(self.rule)
+        if self._params.changed:
             if self._plan is not None:
-                engine.announce_stale(self._plan, self.rule)
+                engine.tell(self._plan, self.rule, f", nonfinite={self.nonfinite}", StalePlan)
+            before = self._params.named
             self._params = ModuleParameters(self._params.modules, may_be_empty=True)
-            self._plan, self._clipped = None, []
+            for name in before.keys() & self._params.named.keys():
+                carry_over(before[name], self._params.named[name])
+            self._plan = None
+        elif self._plan is not None and not (self._plan.holds_for(self._params.tensors) and self._settings == settings):
+            engine.tell(self._plan, self.rule, f", nonfinite={self.nonfinite}", StalePlan)
+            self._plan = None
         if self._plan is None:
             for module in self._params.modules:
                 learn(module)
-            tensors = self._params.tensors
+            self._settings = settings
             self._plan = make_plan(
-                names(self._params.modules, tensors),
-                tensors,
-                settings=f"{self.rule.signature}, {engine.settings_of(self.rule)}",
+                list(self._params.named),
+                self._params.tensors,
+                settings=f"{self.rule.signature}, {settings}, nonfinite={self.nonfinite}",
                 pipeline=self._pipeline,
                 linear=self.rule.bounds is None,
             )
         return self._plan
 
+    def _witnesses(self) -> list[Tensor]:
+        """The gradients that tell whether a clip is the second of its step."""
+        return [param.grad for param in self._params.tensors if param.grad is not None][:_WITNESSES]
+
     def _warn_if_out_of_turn(self) -> None:
-        if self._clipped and all((grad := ref()) is not None and _version(grad) == v for ref, v in self._clipped):
+        grads = self._witnesses()
+        if grads and all(getattr(grad, _CLIPPED, None) == (id(self), _version(grad)) for grad in grads):
             warn(
                 "clip() ran twice on the same gradients: call it once per step, after the last backward() and before "
                 "optimizer.step().",
@@ -150,15 +167,16 @@ class GradClipper:
 
 def _version(grad: Tensor) -> int:
     # Writing to a DTensor's local tensor does not show in the DTensor's own version.
-    return int(getattr(grad, "_local_tensor", grad)._version)
+    local = getattr(grad, "_local_tensor", grad)
+    return -1 if local.is_inference() else int(local._version)
 
 
-def _as_rule(rule: float | Rule) -> Rule:
+def _as_rule(rule: object) -> Rule:
     if isinstance(rule, Rule):
         return rule
-    if isinstance(rule, bool) or not isinstance(rule, int | float):
+    if isinstance(rule, bool) or not isinstance(rule, Real):
         raise TypeError(f"rule must be a number (the largest global L2 norm) or a Rule, got {rule!r}")
-    return ClipByGlobalNorm(rule)
+    return ClipByGlobalNorm(float(rule))
 
 
 def _as_modules(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:

@@ -13,8 +13,9 @@ def declare(
 ) -> None:
     """Tell distclip how parameters lie that no wrapper and no DTensor describes. Local: no communication.
 
-    Holds for as long as the parameters live. Call it on every rank of the group, before the first clip of the model
-    (a later call makes the next clip agree anew).
+    Holds for as long as the parameters live: copies are not declared, nor are parameters that take their place
+    (``load_state_dict(assign=True)``, ``fully_shard``) unless a GradClipper sees the exchange. Call it on every rank of
+    the group, before the first clip of the model (a later call makes the next clip agree anew).
 
     Args:
         parameters: a module (or several), a tensor, or an iterable of tensors.
@@ -50,11 +51,11 @@ def declare(
                 "undeclare() on it first"
             )
         declared.check(layout.own_layout_of(tensor), *groups)
-    declared.record([tensor for tensor in tensors if declared.declared_of(tensor) is None], *groups, joined)
-    layout.touch()
+    new = [tensor for tensor in tensors if declared.declared_of(tensor) is None]
+    if new:
+        declared.record(new, *groups, joined)
 
 
 def undeclare(parameters: Parameters) -> None:
     """Take back what ``declare`` said of these parameters; nothing happens to those never declared."""
     declared.forget(split(parameters)[1])
-    layout.touch()

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from distclip.apply import clamp_, scale_
-from distclip.gradients import check_limits, local_grads
-from distclip.groups import comm_device
+from distclip.gradients import LocalGrads, check_limits, local_grads
 from distclip.plan import Plan
-from distclip.reduction import StalePlan, measure
+from distclip.reduction import Failure, StalePlan, forewarn, measure
 from distclip.report import ClipReport
 from distclip.rules.base import Decision, Norms, Rule
 
@@ -36,13 +35,11 @@ def clip(
 
     Raises:
         RuntimeError: the norm is not finite and ``nonfinite="raise"``; on every rank, with no gradient changed.
+        Failure: another rank cannot clip.
     """
-    for guard in plan.guards:
-        guard()
-    grads = local_grads(plan, params)
-    if rule.bounds is not None:
-        check_limits(plan, grads, rule.bounds)
-    norms = measure(plan, grads, rule)
+    how = f", nonfinite={nonfinite}"
+    grads = _own_gradients(plan, params, rule, how)
+    norms = measure(plan, grads, rule, how)
     found = ~norms.total.isfinite()
     skipped = False
     if nonfinite == "raise":
@@ -66,16 +63,33 @@ def _known_to_be_one(coefficient: Tensor | None) -> bool:
     return coefficient is None or (coefficient.device.type == "cpu" and coefficient.item() == 1.0)
 
 
-def announce_stale(plan: Plan, rule: Rule) -> None:
-    """Tell the ranks of an old plan, which may be in a clip by it, that it must be made anew. Collective on the CPU.
+def _own_gradients(plan: Plan, params: Sequence[Tensor], rule: Rule, how: str) -> dict[torch.device, LocalGrads]:
+    """This rank's gradients; where they cannot be clipped, the others learn of it before this rank raises."""
+    try:
+        if plan.settled:
+            forewarn(plan, rule, how)
+        grads = local_grads(plan, params)
+        if rule.bounds is not None:
+            check_limits(plan, grads, rule.bounds)
+    except (StalePlan, Failure):
+        raise
+    except Exception:
+        tell(plan, rule, how, Failure)
+        raise
+    return grads
 
-    Elsewhere nobody could hear it without waiting for the device: there the ranks must change alike.
+
+def tell(plan: Plan, rule: Rule, how: str, trouble: type[Exception]) -> None:
+    """Take part in the others' clip only to tell them of this rank's trouble: StalePlan or Failure.
+
+    Where the all-reduce runs on an accelerator nobody could hear it without waiting: ranks must change alike there.
     """
-    group = plan.participants.group
-    if group is None or not plan.participants.is_current or comm_device(group, plan.device).type != "cpu":
-        return
-    with contextlib.suppress(StalePlan):
-        measure(plan, {}, rule, stale=True)
+    if plan.wire is not None and plan.wire.type == "cpu" and plan.participants.is_current:
+        with contextlib.suppress(StalePlan, Failure):
+            if plan.settled:
+                forewarn(plan, rule, how, trouble)
+            else:
+                measure(plan, {}, rule, how, trouble)
 
 
 def _of_this_rank(plan: Plan, coefficient: Tensor | None) -> Tensor | None:

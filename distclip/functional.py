@@ -103,7 +103,8 @@ def clip_grads_with_norm_(
     Args:
         parameters: as for ``clip_grad_norm_``.
         max_norm: at least 0; inf changes nothing.
-        total_norm: the norm as ``grad_norm`` returned it, the same on every rank. A DTensor is reduced first.
+        total_norm: the norm as ``grad_norm`` returned it, the same on every rank. A DTensor is reduced first. Where the
+            norm exceeds float32 it was returned as inf, which clears the gradients: ``clip_grad_norm_`` knows better.
         foreach: as for ``clip_grad_norm_``.
 
     Raises:
@@ -112,8 +113,8 @@ def clip_grads_with_norm_(
     """
     max_norm = checked("max_norm", max_norm)
     modules, params = split(parameters)
-    norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm)
-    norm = (norm.full_tensor() if is_dtensor(norm) else norm).double()
+    norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, dtype=torch.float64)
+    norm = (norm.full_tensor() if is_dtensor(norm) else norm).double().reshape(())
     grads = local_grads(plan_for(modules, params), params)
     scale_(grads, clip_coefficient(max_norm, norm), foreach)
 

@@ -38,6 +38,8 @@ def local_grads(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, Loca
         RuntimeError: a gradient is laid out otherwise than its parameter.
     """
     found: dict[torch.device, LocalGrads] = defaultdict(LocalGrads)
+    for guard in plan.guards:
+        guard()
     others = settled(plan, params)
     place = 0
     for index, (name, layout, param) in enumerate(zip(plan.names, plan.layouts, params, strict=True)):

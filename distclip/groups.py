@@ -46,13 +46,14 @@ def _named(name: str) -> Iterator[None]:
             setattr(distributed_c10d, key, original)
 
 
-def comm_device(group: dist.ProcessGroup, preferred: torch.device) -> torch.device:
-    """The device whose tensors ``group`` reduces: ``preferred`` if its backend serves that, else one that it does."""
-    supported = {device.type for device in group._device_types}
-    if preferred.type in supported:
-        return preferred
-    if "cpu" in supported:
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+def comm_device(group: dist.ProcessGroup, *, accelerated: bool) -> torch.device:
+    """A device whose tensors ``group`` reduces: the accelerator or the CPU as wanted, else the one that it serves.
+
+    ``accelerated`` must be the same on all ranks: a group may have a backend for each kind of device.
+    """
+    served = {device.type for device in group._device_types}
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    usable = accelerator is not None and accelerator.type in served
+    if accelerator is not None and usable and (accelerated or "cpu" not in served):
+        return torch.device(accelerator.type, torch.accelerator.current_device_index())
+    return torch.device("cpu")

@@ -57,6 +57,8 @@ class Facts:
     """Some parameters are float64 or complex128."""
     narrow: bool
     """Some are of another dtype."""
+    accelerated: bool
+    """Some are not on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,10 @@ class Wire:
 
     ranks: tuple[int, ...]
     group: dist.ProcessGroup
-    device: torch.device
-    """Where this rank's gradients live; where the backend allows, tensors travel from there."""
 
     def gather(self, row: Tensor) -> Tensor:
         """Everybody's ``row``, int64 and of one length on all ranks; shape ``(ranks, len(row))``."""
-        device = comm_device(self.group, self.device)
+        device = comm_device(self.group, accelerated=False)
         table = torch.zeros(len(self.ranks), row.numel(), dtype=torch.int64, device=device)
         table[self.ranks.index(dist.get_rank())] = row.to(device)
         dist.all_reduce(table, group=self.group)

@@ -101,6 +101,7 @@ class ModuleParameters:
         self._dicts: list[dict[str, Any]] = [module._modules for module in every]
         self._dicts += [module._parameters for module in every]
         self._held = self._holding()
+        self.named = dict(zip(names(modules, self.tensors), self.tensors, strict=True))
 
     def _holding(self) -> list[Any]:
         return [value for held in self._dicts for value in held.values()]

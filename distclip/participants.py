@@ -38,7 +38,7 @@ class Participants:
         return self._world is None or (dist.is_initialized() and self._world() is dist.group.WORLD)
 
 
-def connect(groups: Iterable[RankGroup], device: torch.device, settings: str = "") -> Participants:
+def connect(groups: Iterable[RankGroup], settings: str = "") -> Participants:
     """Find all ranks that are connected, directly or through others, by the groups that layouts and arguments name.
 
     A rank knows its own groups only. HSDP on 2 x 2 ranks tells rank 0 of {0, 1} and {0, 2}; that rank 3 takes part it
@@ -47,7 +47,6 @@ def connect(groups: Iterable[RankGroup], device: torch.device, settings: str = "
 
     Args:
         groups: the groups of this rank's layouts and arguments.
-        device: where this rank's gradients live; where its backend allows, a group communicates there.
         settings: what must be the same text on all ranks.
 
     Raises:
@@ -60,9 +59,13 @@ def connect(groups: Iterable[RankGroup], device: torch.device, settings: str = "
         unique.setdefault(group.ranks, group)
     if not unique:
         return Participants()
-    ranks = _closure(list(unique.values()), device, settings)
     world = dist.group.WORLD
     assert world is not None
+    everybody = tuple(range(dist.get_world_size()))
+    if everybody in unique:
+        # Ranks may know different groups of the whole job; this one they all know.
+        unique[everybody] = RankGroup(everybody, world)
+    ranks = _closure(list(unique.values()), settings)
     if len(ranks) == dist.get_world_size():
         reduce_group = world
     elif ranks in unique:
@@ -72,7 +75,7 @@ def connect(groups: Iterable[RankGroup], device: torch.device, settings: str = "
     return Participants(ranks, ranks.index(dist.get_rank()), reduce_group, weakref.ref(world))
 
 
-def _closure(groups: list[RankGroup], device: torch.device, settings: str) -> tuple[int, ...]:
+def _closure(groups: list[RankGroup], settings: str) -> tuple[int, ...]:
     """All ranks connected by groups: flood what every rank knows until nobody can learn more."""
     alarm = _Alarm(groups)
     # Row 0: ranks known to take part. Row 1: ranks whose own groups are in row 0 already.
@@ -86,11 +89,11 @@ def _closure(groups: list[RankGroup], device: torch.device, settings: str) -> tu
     while pending:
         unfinished = []
         for group in pending:
-            on_wire = torch.cat((facts.view(-1), ends)).to(comm_device(group.group, device))
+            on_wire = torch.cat((facts.view(-1), ends)).to(comm_device(group.group, accelerated=False))
             alarm.all_reduce_max(on_wire, group)
             facts = on_wire[: facts.numel()].cpu().view_as(facts)
             if not torch.equal(on_wire[facts.numel() :].cpu(), ends):
-                alarm.raise_disagreement(group, device, settings)
+                alarm.raise_disagreement(group, settings)
             # All members see the same facts here, so that all leave this group in the same sweep; what is complete in
             # one group its members carry to their others.
             if not torch.equal(facts[0], facts[1]):
@@ -127,8 +130,8 @@ class _Alarm:
                 self._raise_if_rung()
         work.wait()
 
-    def raise_disagreement(self, group: RankGroup, device: torch.device, settings: str) -> None:
-        told = Wire(group.ranks, group.group, device).told(settings)
+    def raise_disagreement(self, group: RankGroup, settings: str) -> None:
+        told = Wire(group.ranks, group.group).told(settings)
         message = (
             f"the ranks that take part in this clip disagree on how to clip:{told}\n"
             "No gradient was changed. Give every rank the same rule and arguments."

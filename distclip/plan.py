@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distclip.groups import comm_device
 from distclip.handshake import Agreement, Entry, Facts, Wire, agree, alone
 from distclip.kernels.common import WIDE
-from distclip.layout import GradLayout, Piece, RankGroup, layout_of, version
+from distclip.layout import GradLayout, Piece, RankGroup, layout_of, traits
+from distclip.layout.declared import Declaration, declared_of, version
 from distclip.layout.dtensor import decoded, encoded, is_dtensor, kinds
 from distclip.participants import Participants, connect
 
@@ -21,7 +23,7 @@ from distclip.participants import Participants, connect
 _RIDES = 1 << 17
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Plan:
     """Agreed on by all participants. Holds no reference to the parameters."""
 
@@ -47,17 +49,28 @@ class Plan:
     """Each raises, or warns, where a wrapper has not reduced its gradients over the ranks yet."""
     device: torch.device
     """Where norms are returned if this rank has no gradient."""
+    wire: torch.device | None
+    """Where the all-reduce runs, agreed by all; None without one."""
     float64: bool
     """Whether every parameter of every participant is float64, and so are the norms."""
     wide: bool
     """Whether any is, so that the powers of its gradients may leave float64."""
+    traits: list[object]
+    """What the parameters were like (see ``layout.traits``)."""
+    declarations: list[Declaration | None]
+    """What was declared of them."""
     version: int
-    """Of the layouts that it was made from."""
+    """Of all declarations, when these were looked at last."""
 
-    @property
-    def is_current(self) -> bool:
-        """False where layouts were declared, or ``torch.distributed`` was started anew, since."""
-        return self.version == version() and self.participants.is_current
+    def holds_for(self, params: Sequence[Tensor]) -> bool:
+        """Whether nothing has changed since, given that ``params`` are the same objects."""
+        if not self.participants.is_current or self.traits != traits(params):
+            return False
+        if self.version != version():
+            if self.declarations != [declared_of(param) for param in params]:
+                return False
+            self.version = version()
+        return True
 
 
 def make_plan(
@@ -84,8 +97,8 @@ def make_plan(
     device = params[0].device if params else torch.device("cpu")
     groups = [group for layout in layouts for group in layout.groups] + ([pipeline] if pipeline else [])
     stages = f", pipeline of {len(pipeline.ranks)} ranks" if pipeline else ", no pipeline_group"
-    participants = connect(groups, device, settings + stages)
-    agreement = _agreed(names, params, layouts, participants, pipeline, device)
+    participants = connect(groups, settings + stages)
+    agreement = _agreed(names, params, layouts, participants, pipeline)
     facts = agreement.facts
     layouts, settled = _as_placed(params, layouts, agreement, linear)
     tensors = list(_tensors(names, params, layouts))
@@ -108,10 +121,19 @@ def make_plan(
         participants=participants if facts.reduces else Participants(),
         guards=frozenset(layout.guard for layout in layouts if layout.guard is not None),
         device=device,
+        wire=_wire(participants, facts),
         float64=facts.wide and not facts.narrow,
         wide=facts.wide,
+        traits=traits(params),
+        declarations=[declared_of(param) for param in params],
         version=version(),
     )
+
+
+def _wire(participants: Participants, facts: Facts) -> torch.device | None:
+    if participants.group is None or not facts.reduces:
+        return None
+    return comm_device(participants.group, accelerated=facts.accelerated)
 
 
 def _part(layout: GradLayout, holders: int) -> float:
@@ -144,7 +166,6 @@ def _agreed(
     layouts: Sequence[GradLayout],
     participants: Participants,
     pipeline: RankGroup | None,
-    device: torch.device,
 ) -> Agreement:
     entries = [
         Entry(_identity(tensor, pipeline), _looks(tensor), tensor.layout.distinct, _placed(tensor.param))
@@ -156,10 +177,11 @@ def _agreed(
         reduces=pipeline is not None or bool(placed - {"R"}) or any(layout.needs_reduction for layout in layouts),
         wide=True in wide,
         narrow=False in wide,
+        accelerated=any(param.device.type != "cpu" for param in params),
     )
     if participants.group is None:
         return alone(entries, facts)
-    return agree(Wire(participants.ranks, participants.group, device), entries, facts)
+    return agree(Wire(participants.ranks, participants.group), entries, facts)
 
 
 def _identity(tensor: _Tensor, pipeline: RankGroup | None) -> str:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip.gradients import LocalGrads
-from distclip.groups import comm_device
 from distclip.handshake import Wire, digest
 from distclip.kernels import kernels_for
 from distclip.kernels.common import WIDE
@@ -34,11 +33,18 @@ class StalePlan(Exception):
     """Some rank's parameters changed since the plan was made: all must make it anew."""
 
 
-def measure(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, stale: bool = False) -> Norms:
+class Failure(RuntimeError):
+    """Another rank cannot clip: its own error says why."""
+
+
+def measure(
+    plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, how: str = "", trouble: type[Exception] | None = None
+) -> Norms:
     """The norms that ``rule`` asks for, the same bits on every participant. Collective: one all-reduce at most.
 
     Args:
-        stale: whether this rank's parameters changed, so that it takes part only to tell the others.
+        how: what else must be the same on all ranks in this clip.
+        trouble: StalePlan or Failure, where this rank takes part only to tell the others of it.
 
     Returns:
         Norms on the device of the first gradient (of the first parameter where this rank has none).
@@ -46,13 +52,13 @@ def measure(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, stale
     Raises:
         OverflowError: ``|g|**p`` of finite gradients leaves float64; on every participant.
         RuntimeError: the ranks' rules differ; on every participant (on the CPU: elsewhere looking would wait).
-        StalePlan: ``stale`` on some rank; on every participant (likewise).
+        StalePlan, Failure: the ``trouble`` of some rank; on every participant (likewise).
     """
     p, group = rule.norm_type, plan.participants.group
     device = next(iter(grads), plan.device)
-    wire = device if group is None else comm_device(group, device)
+    wire = device if plan.wire is None else plan.wire
     powers, range_flags = _powers(plan, grads, p, wire)
-    header = torch.tensor([float(stale), _signature(rule)], dtype=torch.float64, device=wire)
+    header = _header(rule.signature + how, trouble).to(wire)
     sums = {"header": header, "range_flags": range_flags}
     maxima: dict[str, Tensor] = {}
     combined = maxima if math.isinf(p) else sums
@@ -65,7 +71,7 @@ def measure(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, stale
         sums["partial"] = _parts(plan, grads, wire)
     reduced = _all_reduce(plan.participants, sums, maxima)
     if group is not None and wire.type == "cpu":
-        _check_header(plan, group, rule, reduced["header"])
+        _check_header(plan, group, rule.signature + how, reduced["header"])
     if plan.riding:
         _add_riding(plan, reduced, p)
     if _out_of_range(plan, p, reduced):
@@ -80,20 +86,36 @@ def measure(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, stale
     return Norms(norms["total"][0], norms.get("per_tensor"), norms.get("extremes"))
 
 
-def _signature(rule: Rule) -> float:
-    """A number for the rule's text, small enough that float64 adds up those of all ranks exactly."""
-    return float(digest(rule.signature) % (1 << 24))
+def forewarn(plan: Plan, rule: Rule, how: str = "", trouble: type[Exception] | None = None) -> None:
+    """Exchange the header alone, before collectives that a rank in trouble will not come to. Raises as ``measure``."""
+    group = plan.participants.group
+    if group is not None and plan.wire is not None and plan.wire.type == "cpu":
+        header = _header(rule.signature + how, trouble)
+        dist.all_reduce(header, group=group)
+        _check_header(plan, group, rule.signature + how, header)
 
 
-def _check_header(plan: Plan, group: dist.ProcessGroup, rule: Rule, header: Tensor) -> None:
-    stale, signatures = header.tolist()
+def _header(text: str, trouble: type[Exception] | None) -> Tensor:
+    """Number of ranks with a stale plan, of ranks that failed, and a number for the text by which ranks clip."""
+    return torch.tensor([trouble is StalePlan, trouble is Failure, _signature(text)], dtype=torch.float64)
+
+
+def _signature(text: str) -> int:
+    """Small enough that float64 adds up those of all ranks exactly."""
+    return digest(text) % (1 << 24)
+
+
+def _check_header(plan: Plan, group: dist.ProcessGroup, text: str, header: Tensor) -> None:
+    stale, failed, signatures = header.tolist()
+    if failed:
+        raise Failure(
+            "another rank that takes part in this clip raised an error, which says why. No gradient was changed here."
+        )
     if stale:
         raise StalePlan
-    if signatures != len(plan.participants) * _signature(rule):
-        told = Wire(plan.participants.ranks, group, plan.device).told(rule.signature)
-        raise RuntimeError(
-            f"the ranks that take part in this clip disagree on the rule:{told}\nNo gradient was changed."
-        )
+    if signatures != len(plan.participants) * _signature(text):
+        told = Wire(plan.participants.ranks, group).told(text)
+        raise RuntimeError(f"the ranks that clip together disagree on the rule:{told}\nNo gradient was changed.")
 
 
 def _powers(plan: Plan, grads: dict[torch.device, LocalGrads], p: float, wire: torch.device) -> tuple[Tensor, Tensor]:
@@ -131,6 +153,9 @@ def _add_riding(plan: Plan, reduced: dict[str, Tensor], p: float) -> None:
     """Count the Partial gradients, which are whole now on every rank."""
     whole = reduced.pop("partial").split([plan.numels[place] for place in plan.riding])
     powers = kernels_for(whole[0].device).power_sums(list(whole), p)
+    if _may_leave_float64(p, list(whole)) and plan.wide:
+        largest = kernels_for(whole[0].device).power_sums(list(whole), math.inf)
+        reduced["range_flags"] = reduced["range_flags"] + _range_flags(powers, largest, p)
     total = torch.cat((reduced["total"], powers))
     reduced["total"] = _total(total, p)
     if "per_tensor" in reduced:

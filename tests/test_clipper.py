@@ -1,9 +1,13 @@
 """GradClipper on one process: construction, the order of calls, state, replaced parameters."""
 
+import copy
+import gc
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -209,3 +213,94 @@ def test_a_nan_tensor_does_not_touch_the_others_under_clip_by_norm() -> None:
 def test_rules_can_be_printed() -> None:
     assert repr(ClipByGlobalNorm(1, "inf")) == "ClipByGlobalNorm(max_norm=1.0, norm_type=inf)"  # type: ignore[arg-type]
     assert repr(ClipByValue((-1, 2))) == "ClipByValue(clip_value=(-1, 2))"
+
+
+@pytest.mark.parametrize("bounds", [(0.1, 0.5), (-0.5, -0.1), (-2.0, -1.0)])
+def test_bounds_that_leave_out_zero(bounds: tuple[float, float]) -> None:
+    model = nn.Linear(3, 1, bias=False)
+    model.weight.grad = torch.tensor([[0.05, -0.2, 0.3]])
+    report = GradClipper(model, ClipByValue(bounds)).clip().to_dict()
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.05, -0.2, 0.3]]).clamp(*bounds))
+    assert report["clipped"]
+    assert 0 <= report["coefficient"] < 1
+
+
+def test_a_rule_may_change_between_clips() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    rule = ClipByValue(10.0)
+    clipper = GradClipper(model, rule)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    clipper.clip()
+    rule.clip_value = 2.0
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    clipper.clip()
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[2.0, 2.0]]))
+    clipper.rule = ClipByNorm(1.0)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    clipper.clip()
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.6, 0.8]]))
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["in place", "swapped"])
+def test_a_model_converted_after_its_first_clip(swap: bool) -> None:
+    """`Module.double()` keeps the parameter objects, or swaps what they are, which weak references would forbid."""
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        model = nn.Linear(2, 1, bias=False)
+        model.weight.grad = torch.tensor([[3.0, 4.0]])
+        clipper = GradClipper(model, 1.0)
+        assert clipper.clip().total_norm.dtype == torch.float32
+        distclip.grad_norm(model)
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    assert distclip.grad_norm(model).dtype == torch.float64
+    assert clipper.clip().total_norm.dtype == torch.float64
+    model.weight.grad = torch.full((1, 2), 1e200, dtype=torch.float64)
+    with pytest.raises(OverflowError):
+        distclip.clip_grad_norm_(model, 1.0)
+
+
+def test_copies_and_files_of_a_model_that_distclip_has_seen(tmp_path: Path) -> None:
+    model = small_model()
+    backward(model)
+    clipper = GradClipper(model, 1.0)
+    clipper.clip()
+    distclip.grad_norm(model)
+    twin = copy.deepcopy(model)
+    assert distclip.grad_norm(twin).item() == 0
+    truth = backward(twin)
+    assert distclip.grad_norm(twin).item() == pytest.approx(truth, rel=1e-6)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(list(model.parameters()), tmp_path / "params.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    truth = backward(loaded)
+    assert distclip.grad_norm(loaded).item() == pytest.approx(truth, rel=1e-6)
+    assert len(torch.load(tmp_path / "params.pt", weights_only=True)) == 4
+    assert isinstance(pickle.loads(pickle.dumps(model)), nn.Module)
+
+
+def test_models_leave_nothing_behind() -> None:
+    from distclip import cache
+    from distclip.layout import memory
+
+    gc.collect()
+    before = sum(type(thing) is memory.Mark for thing in gc.get_objects()), len(cache._entries)
+    for _ in range(20):
+        model = small_model()
+        backward(model)
+        GradClipper(model, 1.0).clip()
+        distclip.grad_norm(model)
+        del model
+    gc.collect()
+    assert (sum(type(thing) is memory.Mark for thing in gc.get_objects()), len(cache._entries)) == before
+
+
+def test_numbers_of_other_kinds() -> None:
+    model = small_model()
+    backward(model)
+    half: Any = np.float32(0.5)
+    assert GradClipper(model, half).clip().threshold.item() == 0.5
+    distclip.clip_grads_with_norm_(model, 1.0, torch.tensor([2.0]))
+    distclip.clip_grads_with_norm_(model, 1.0, 1e39)

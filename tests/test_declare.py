@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
+from distclip import GradClipper
 from distclip.layout import layout_of
 from tests import oracle
 from tests.collectives import recorded_collectives
@@ -235,6 +236,46 @@ def test_a_declaration_after_the_first_clip_counts_from_the_next() -> None:
     distclip.undeclare(model.experts)
     local = fill(model, dist.get_rank())
     assert clipper.clip().total_norm.item() == pytest.approx(oracle.norm(local), rel=1e-6)
+
+
+@ranks(2)
+def test_a_declaration_is_carried_over_to_replaced_parameters() -> None:
+    model = Experts(1)
+    distclip.declare(model.experts, sharded=dist.group.WORLD)
+    clipper = GradClipper(model, float("inf"))
+    fill(model, dist.get_rank())
+    clipper.clip()
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    local = fill(model, dist.get_rank())
+    truth = oracle.norm(job(local, dist.get_rank()))
+    assert clipper.clip().total_norm.item() == pytest.approx(truth, rel=1e-6)
+
+
+@ranks(4)
+def test_a_declaration_elsewhere_does_not_unsettle_this_model() -> None:
+    """Declaring another model on half of the ranks costs this one no handshake, which the others would not join."""
+    model = Experts(1)
+    fill(model, dist.get_rank())
+    distclip.declare(model.experts, sharded=dist.group.WORLD)
+    distclip.grad_norm(model)
+    half = dist.new_group([0, 1])
+    if dist.get_rank() < 2:
+        distclip.declare(nn.Linear(2, 2), sharded=half)
+    distclip.declare(model.experts, sharded=dist.group.WORLD)
+    with recorded_collectives() as names:
+        distclip.grad_norm(model)
+    assert names == ["allreduce_"]
+
+
+@ranks(2)
+def test_ddp_that_ignores_the_experts() -> None:
+    model = Experts(1)
+    names = [name for name, _ in model.named_parameters() if name.startswith("experts")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    local = fill(model, dist.get_rank())
+    ddp = DistributedDataParallel(model)
+    distclip.declare(model.experts, sharded=dist.group.WORLD)
+    check(ddp, job(local, dist.get_rank()), local)
 
 
 @ranks(2)

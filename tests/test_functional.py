@@ -272,3 +272,12 @@ def test_the_result_is_detached_and_gradients_that_require_grad_work() -> None:
     assert not norm.requires_grad
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad.detach(), torch.full((3,), 1 / math.sqrt(3)), rtol=1e-5, atol=0)
+
+
+def test_lazily_conjugated_gradients() -> None:
+    weight = nn.Parameter(torch.tensor([1 + 1j, 2.0, -1j]))
+    (weight.conj() * torch.tensor([1 + 2j, 2j, 3.0])).sum().abs().backward()
+    assert weight.grad is not None
+    truth = weight.grad.abs().norm().item()
+    assert distclip.clip_grad_norm_(weight, truth / 2).item() == pytest.approx(truth, rel=1e-6)
+    assert weight.grad.abs().norm().item() == pytest.approx(truth / 2, rel=1e-5)

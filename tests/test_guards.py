@@ -236,3 +236,62 @@ def test_fp32_range_across_ranks() -> None:
     before = oracle.whole_grads(model)
     assert distclip.clip_grad_norm_(model, 1.0).item() == pytest.approx(oracle.norm(before), rel=1e-6)
     oracle.assert_same(oracle.whole_grads(model), oracle.clip_by_global_norm(before, 1.0))
+
+
+@ranks(2)
+def test_a_rank_that_cannot_clip_tells_the_others() -> None:
+    """A complex gradient on one stage: it raises TypeError, the other a Failure, and nothing is changed."""
+    rank = dist.get_rank()
+    stage = nn.Linear(2, 2, dtype=torch.complex64 if rank else torch.float32)
+    for param in stage.parameters():
+        param.grad = torch.full_like(param, 5.0)
+    clipper = distclip.GradClipper(stage, distclip.ClipByValue(1.0), pipeline_group=dist.group.WORLD)
+    with pytest.raises(TypeError if rank else RuntimeError, match="complex" if rank else "another rank .* raised"):
+        clipper.clip()
+    assert all(torch.equal(p.grad, torch.full_like(p, 5.0)) for p in stage.parameters() if p.grad is not None)
+
+
+@ranks(2)
+def test_what_to_do_with_nonfinite_norms_must_be_agreed() -> None:
+    model = build(LAYOUTS["fsdp2"])
+    clipper = distclip.GradClipper(model, 1.0, nonfinite="skip" if dist.get_rank() else "propagate")
+    with pytest.raises(RuntimeError, match=r"disagree on how to clip:\n  on rank 0: .*propagate"):
+        clipper.clip()
+    with pytest.raises(RuntimeError, match="disagree on the rule"):
+        distclip.clip_grad_norm_(model, 1.0, error_if_nonfinite=dist.get_rank() == 1)
+
+
+@ranks(2)
+def test_value_clipping_between_accumulation_steps_is_an_error() -> None:
+    model = LAYOUTS["fsdp2"].wrap(make_net())
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(False)
+    loss_of(model, make_batch()).backward()
+    with pytest.raises(RuntimeError, match="between accumulation"):
+        distclip.clip_grad_value_(model, 1.0)
+
+
+@ranks(2)
+def test_a_clipper_on_the_module_inside_a_later_fsdp1() -> None:
+    block = make_net().first
+    clipper = distclip.GradClipper(block, 1e9)
+    block(torch.ones(1, 5)).sum().backward()
+    clipper.clip()
+    block.zero_grad()
+    model = FullyShardedDataParallel(block, use_orig_params=True, device_id=torch.device("cpu"))
+    model(torch.ones(1, 5)).sum().backward()
+    with pytest.raises(RuntimeError, match="never seen"):
+        clipper.clip()
+    distclip.grad_norm(model)
+    truth = oracle.norm(oracle.whole_grads(model))
+    assert clipper.clip().total_norm.item() == pytest.approx(truth, rel=1e-6)
+
+
+@ranks(2)
+def test_a_sharded_model_can_be_converted_after_a_clip() -> None:
+    """torch swaps DTensor parameters, and refuses to where something refers to them weakly."""
+    model = build(LAYOUTS["fsdp2"])
+    distclip.GradClipper(model, 1.0).clip()
+    distclip.clip_grad_norm_(model, 1.0)
+    model.double()
+    assert distclip.grad_norm(model).isfinite()

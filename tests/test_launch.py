@@ -29,6 +29,10 @@ def steps(out: Path) -> list[dict[str, object]]:
         ("fsdp1", 2, "transformer"),
         ("fsdp2", 2, "lstm"),
         ("hsdp", 4, "transformer"),
+        ("tp", 2, "transformer"),
+        ("hsdp+tp", 4, "transformer"),
+        ("pp+fsdp2", 4, "transformer"),
+        ("ep", 2, "transformer"),
     ],
 )
 def test_many_ranks_train_as_one_process(parallel: str, ranks: int, model: str, tmp_path: Path) -> None:
@@ -62,6 +66,7 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path) -> None:
         (("--batch", "7", "--accumulate", "2"), "--batch 7 must be divisible"),
         (("--model", "lstm", "--data", "text"), "--model lstm reads --data digits"),
         (("--parallel", "everywhere"), "invalid choice: 'everywhere'"),
+        (("--parallel", "pp", "--model", "lstm"), "--parallel pp"),
         (("--model", "transformer", "--text", "/nowhere"), "/nowhere: no such file"),
     ],
 )

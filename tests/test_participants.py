@@ -23,7 +23,7 @@ some_ranks = st.sets(st.integers(0, WORLD - 1), min_size=2, max_size=3).map(sort
 def connected(groups: list[list[int]]) -> tuple[int, ...]:
     handles = [(group, dist.new_group(group)) for group in groups]
     mine = [RankGroup.of(handle) for group, handle in handles if dist.get_rank() in group]
-    participants = connect(mine, torch.device("cpu"))
+    participants = connect(mine)
     if participants.group is not None:
         total = torch.ones(1)
         dist.all_reduce(total, group=participants.group)
@@ -54,7 +54,7 @@ def test_closure(groups: list[list[int]]) -> None:
 def test_a_new_process_group_is_noticed() -> None:
     group = dist.group.WORLD
     assert group is not None
-    participants = connect([RankGroup.of(group)], torch.device("cpu"))
+    participants = connect([RankGroup.of(group)])
     seen = [participants.is_current]
     store = PrefixStore("again", distributed_c10d._get_default_store())
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -75,31 +75,30 @@ def test_groups_are_made_where_members_are_in_different_numbers_of_groups() -> N
 def test_comm_device() -> None:
     group = dist.group.WORLD
     assert group is not None
-    assert comm_device(group, torch.device("cpu")) == torch.device("cpu")
-    # A device that no backend of the group serves: its gradients' sums travel by way of the host.
-    assert comm_device(group, torch.device("meta")) == torch.device("cpu")
+    assert comm_device(group, accelerated=False) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("serves", "gradients", "expected"),
+    ("served", "accelerated", "expected"),
     [
-        (["cuda"], "cpu", "cuda"),  # offloaded gradients, a group of NCCL alone: by way of the GPU
-        (["cpu"], "cuda", "cpu"),
-        (["cpu", "cuda"], "cuda", "cuda"),
-        (["cpu", "cuda"], "cpu", "cpu"),
+        (["cuda"], False, "cuda"),  # offloaded gradients, a group of NCCL alone: by way of the GPU
+        (["cpu"], True, "cpu"),
+        (["cpu", "cuda"], True, "cuda"),
+        (["cpu", "cuda"], False, "cpu"),
     ],
 )
 def test_comm_device_by_backend(
-    serves: list[str], gradients: str, expected: str, monkeypatch: pytest.MonkeyPatch
+    served: list[str], accelerated: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group: Any = SimpleNamespace(_device_types=[torch.device(kind) for kind in serves])
+    group: Any = SimpleNamespace(_device_types=[torch.device(kind) for kind in served])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    assert comm_device(group, torch.device(gradients)).type == expected
+    assert comm_device(group, accelerated=accelerated).type == expected
 
 
 def test_one_process_needs_no_group() -> None:
-    alone = connect([], torch.device("cpu"))
+    alone = connect([])
     assert len(alone) == 1
     assert alone.group is None
     assert alone.is_current

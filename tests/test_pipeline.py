@@ -233,6 +233,16 @@ def test_drop_in_functions_on_a_stage_without_parameters() -> None:
 
 
 @ranks(2)
+def test_one_rank_knows_another_group_of_the_same_ranks() -> None:
+    """Rank 1 forgot to declare: the tied tensor has two names then, and nobody waits in a group of his own."""
+    embedding, pipeline = dist.new_group([0, 1]), dist.new_group([0, 1])
+    stage = stage_of([[0, 1], [2, 3]], dist.get_rank())
+    if dist.get_rank() == 0:
+        distclip.declare(stage.get_parameter("0.embed.weight"), replicated=embedding)
+    assert distclip.grad_norm(stage, pipeline_group=pipeline).isfinite()
+
+
+@ranks(2)
 def test_norms_per_tensor_of_stages_that_reuse_names() -> None:
     """Stage 0's "0.weight" is another tensor than stage 1's: each is clipped by its own norm."""
     with torch.random.fork_rng():

@@ -21,7 +21,8 @@ def by_dtype(tensors: Iterable[Tensor]) -> Iterator[tuple[torch.dtype, list[int]
 
 def real(tensor: Tensor) -> Tensor:
     """A complex tensor as pairs of real ones: the same sum of squares."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # Conjugating a lazily conjugated tensor back costs nothing and changes no modulus.
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor) if tensor.is_complex() else tensor
 
 
 def flat(tensor: Tensor) -> Tensor:

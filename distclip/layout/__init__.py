@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.layout import ddp, declared, dtensor, fsdp1, fsdp2, plain
 from distclip.layout.base import GradLayout, Piece, RankGroup, Resolver
+from distclip.layout.memory import Memory
 
-__all__ = ["GradLayout", "Piece", "RankGroup", "layout_of", "learn", "own_layout_of", "touch", "version", "wrapped"]
+__all__ = ["GradLayout", "Piece", "RankGroup", "layout_of", "learn", "own_layout_of", "traits"]
 
 # The first to answer is believed: the systems that cut a tensor before those that only replicate it.
 RESOLVERS = (
@@ -27,7 +27,7 @@ RESOLVERS = (
 
 # What modules taught, for as long as their parameters live. By resolver, so that a wrapper put on later wins over what
 # was learned of the same parameters before.
-_learned: list[WeakIdKeyDictionary] = [WeakIdKeyDictionary() for _ in RESOLVERS]
+_learned: list[Memory[GradLayout]] = [Memory() for _ in RESOLVERS]
 
 
 def learn(root: nn.Module) -> None:
@@ -44,7 +44,7 @@ def own_layout_of(param: Tensor) -> GradLayout:
         RuntimeError: the parameter belongs to a wrapper that distclip has never seen (FSDP1).
     """
     for resolver, learned in zip(RESOLVERS, _learned, strict=True):
-        layout: GradLayout | None = learned.get(param) or resolver.resolve(param)
+        layout = learned.get(param) or resolver.resolve(param)
         if layout is not None:
             return layout
     raise AssertionError("the plain resolver answers for every tensor")
@@ -68,19 +68,7 @@ def layout_of(param: Tensor, kinds: str | None = None) -> GradLayout:
     return declared.apply(param, layout)
 
 
-_version = 0
-
-
-def touch() -> None:
-    """Note that layouts may have changed: plans made before must not be used after."""
-    global _version
-    _version += 1
-
-
-def version() -> int:
-    return _version
-
-
-def wrapped(params: Iterable[Tensor]) -> list[bool]:
-    """Which parameters FSDP1 has taken over: it alone changes the layout of a parameter that stays the same object."""
-    return [hasattr(param, "_fsdp_flattened") for param in params]
+def traits(params: Iterable[Tensor]) -> list[object]:
+    """What of a parameter decides its layout and may change while it stays the same object: ``Module.to`` changes its
+    dtype, FSDP1 takes it over."""
+    return [(param.dtype, hasattr(param, "_fsdp_flattened")) for param in params]

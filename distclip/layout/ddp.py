@@ -18,7 +18,9 @@ def teach(root: nn.Module) -> Iterator[tuple[Tensor, GradLayout]]:
         if isinstance(module, DistributedDataParallel):
             replicas = (RankGroup.of(module.process_group),)
             guard = partial(_warn_if_not_averaged, weakref.ref(module))
-            for param in module.parameters():
+            for name, param in module.module.named_parameters():
+                if name in module.parameters_to_ignore:
+                    continue
                 yield param, GradLayout("DDP", (Piece(param.shape),), replicated=replicas, guard=guard)
 
 

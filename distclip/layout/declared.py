@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.layout.base import GradLayout, RankGroup
+from distclip.layout.memory import Memory
 
 Group = dist.ProcessGroup | DeviceMesh
 
@@ -25,14 +25,20 @@ class Declaration:
     tie: int | None = None
 
 
-_declared: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_declared: Memory[Declaration] = Memory()
+_version = 0
+
+
+def version() -> int:
+    """Counts the changes of what is declared."""
+    return _version
 
 
 def record(tensors: Iterable[Tensor], sharded: RankGroup | None, replicated: RankGroup | None, joined: bool) -> None:
     """Keep a declaration for as long as its parameters live."""
-    tensors = list(tensors)
-    known: list[Declaration] = list(_declared.values())
-    tied = [d.tie for d in known if d.tie is not None and d.replicated == replicated]
+    global _version
+    _version += 1
+    tied = [d.tie for d in _declared.values() if d.tie is not None and d.replicated == replicated]
     first = max(tied, default=-1) + 1
     for place, tensor in enumerate(tensors):
         tie = None if replicated is None else first + place
@@ -40,13 +46,23 @@ def record(tensors: Iterable[Tensor], sharded: RankGroup | None, replicated: Ran
 
 
 def forget(tensors: Iterable[Tensor]) -> None:
+    global _version
     for tensor in tensors:
-        _declared.pop(tensor, None)
+        if _declared.pop(tensor) is not None:
+            _version += 1
 
 
 def declared_of(param: Tensor) -> Declaration | None:
-    declaration: Declaration | None = _declared.get(param)
-    return declaration
+    return _declared.get(param)
+
+
+def carry_over(old: Tensor, new: Tensor) -> None:
+    """Let what was declared of a parameter hold of the one that took its place, unless that has its own."""
+    global _version
+    declaration = declared_of(old)
+    if declaration is not None and declared_of(new) is None:
+        _declared[new] = declaration
+        _version += 1
 
 
 def apply(param: Tensor, layout: GradLayout) -> GradLayout:

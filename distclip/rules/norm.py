@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -81,7 +81,8 @@ class ClipByNorm(Rule):
 class ClipByValue(Rule):
     """Limit every element: ``g <- max(min(g, hi), lo)``; NaN stays NaN.
 
-    The report's ``coefficient`` is the smallest factor that an element met; its ``threshold`` is the larger bound by
+    The report's ``coefficient`` is the smallest factor that an element met (0 where a bound has turned its sign); its
+    ``threshold``  is the larger bound by
     size. No element is written where all lie inside the bounds. DTensor gradients that are Partial are reduced first,
     which costs one more collective for each.
 
@@ -96,20 +97,26 @@ class ClipByValue(Rule):
     """
 
     clip_value: float | tuple[float, float]
-    bounds: tuple[float, float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.bounds = value_bounds(self.clip_value)
+        value_bounds(self.clip_value)
+
+    @property
+    def bounds(self) -> tuple[float, float]:  # type: ignore[override]  # a rule without bounds has None there
+        return value_bounds(self.clip_value)
 
     def decide(self, norms: Norms) -> Decision:
         assert norms.extremes is not None
         low, high = self.bounds
         smallest, largest = -norms.extremes[0], norms.extremes[1]
-        # Asked this way round, a NaN makes the coefficient NaN instead of hiding what else lies outside.
-        above = torch.where(largest <= high, 1.0, high / largest)
-        below = torch.where(smallest >= low, 1.0, low / smallest)
+        # No factor turns an element that lies beyond a bound of the other sign into that bound: 0 stands for it.
+        above = high / largest if high >= 0 else torch.zeros_like(largest)
+        below = low / smallest if low <= 0 else torch.zeros_like(smallest)
+        # Asked this way round, a NaN is outside, and does not hide what else lies there.
+        above = torch.where(largest <= high, 1.0, above)
+        below = torch.where(smallest >= low, 1.0, below)
         threshold = torch.full_like(norms.total, max(abs(low), abs(high)))
-        return Decision(torch.minimum(above, below).clamp(max=1.0), threshold)
+        return Decision(torch.minimum(above, below), threshold)
 
 
 def value_bounds(clip_value: float | tuple[float, float]) -> tuple[float, float]:
