@@ -36,7 +36,8 @@ def clip_grad_norm_(
 
     Args:
         parameters: a module (or several), a tensor, or an iterable of tensors whose ``.grad`` is clipped. A tensor
-            given twice counts once. Pass an FSDP1 model itself, at least once.
+            given twice counts once. Pass an FSDP1 model itself, at least once. Pass the parameters without regard to
+            which have a gradient: ranks whose lists differ from step to step would wait for each other.
         max_norm: at least 0; inf measures and changes nothing.
         norm_type: any p above 0, or inf.
         error_if_nonfinite: raise, on every rank, if the norm is inf or NaN.
