@@ -44,7 +44,8 @@ def test_collectives_of_one_clip(layout: Layout, rule: distclip.Rule) -> None:
     for counted in run_ranks(count, layout.world_sizes[-1], layout, rule):
         first, second, third, *plain = counted
         if layout.partial and rule.bounds is not None:
-            assert second.count("allreduce_") == third.count("allreduce_") == 1
+            # The norm's, and a header before the others: they would miss a rank that cannot clip.
+            assert second.count("allreduce_") == third.count("allreduce_") == 2
             continue
         assert second == third == ["allreduce_"] * layout.collectives
         # The first clip also agrees on who takes part: where replicas are plain tensors there is nothing to agree on.

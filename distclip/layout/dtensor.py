@@ -35,8 +35,10 @@ def kinds(tensor: DTensor) -> str:
         NotImplementedError: the tensor is Partial under another operation than a sum or an average.
     """
     letters = []
-    for placement in tensor.placements:
-        if placement.is_partial():
+    for axis, placement in enumerate(tensor.placements):
+        if tensor.device_mesh.size(axis) == 1:
+            letters.append("R")  # nothing is cut or left to sum along it
+        elif placement.is_partial():
             operation = placement.reduce_op  # type: ignore[attr-defined]
             if operation not in ("sum", "avg"):
                 raise NotImplementedError(f"a gradient that is Partial({operation!r}) is no sum of its parts")
