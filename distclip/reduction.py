@@ -153,7 +153,7 @@ def _add_riding(plan: Plan, reduced: dict[str, Tensor], p: float) -> None:
     """Count the Partial gradients, which are whole now on every rank."""
     whole = reduced.pop("partial").split([plan.numels[place] for place in plan.riding])
     powers = kernels_for(whole[0].device).power_sums(list(whole), p)
-    if _may_leave_float64(p, list(whole)) and plan.wide:
+    if not math.isinf(p) and (plan.wide or not _SAFE_P[0] <= p <= _SAFE_P[1]):
         largest = kernels_for(whole[0].device).power_sums(list(whole), math.inf)
         reduced["range_flags"] = reduced["range_flags"] + _range_flags(powers, largest, p)
     total = torch.cat((reduced["total"], powers))

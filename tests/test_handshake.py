@@ -242,3 +242,13 @@ def test_gradients_cut_where_all_parameters_are_replicated() -> None:
     whole = torch.arange(12.0).view(4, 3)
     param.grad = distribute_tensor(whole, mesh, [Shard(0)])
     assert distclip.grad_norm(param).item() == pytest.approx(whole.norm().item(), rel=1e-6)
+
+
+@ranks(2)
+@pytest.mark.parametrize(("value", "dtype", "p"), [(1e200, torch.float64, 2.0), (1e38, torch.float32, 10.0)])
+def test_partial_gradients_whose_powers_leave_float64(value: float, dtype: torch.dtype, p: float) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(distribute_tensor(torch.zeros(4, dtype=dtype), mesh, [Replicate()]))
+    param.grad = DTensor.from_local(torch.full((4,), value, dtype=dtype), mesh, [Partial()])
+    with pytest.raises(OverflowError, match="leaves float64"):
+        distclip.clip_grad_norm_(param, 1.0, p)
