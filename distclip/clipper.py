@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distclip import engine
 from distclip.layout import learn
 from distclip.layout.declared import Group, as_rank_group, carry_over
+from distclip.layout.memory import Mark
 from distclip.parameters import ModuleParameters
 from distclip.plan import Plan, make_plan
 from distclip.reduction import StalePlan
@@ -76,6 +77,7 @@ class GradClipper:
         self._params = ModuleParameters(_as_modules(model), may_be_empty=pipeline_group is not None)
         self._plan: Plan | None = None
         self._settings = ""
+        self._mark = Mark()
 
     @torch.no_grad()
     def clip(self) -> ClipReport:
@@ -102,7 +104,7 @@ class GradClipper:
             self.report = engine.clip(self._current_plan(), params, self.rule, self.nonfinite)
         self.steps += 1
         for grad in self._witnesses():
-            setattr(grad, _CLIPPED, (id(self), _version(grad)))
+            setattr(grad, _CLIPPED, (self._mark, _version(grad)))
         return self.report
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,7 +157,7 @@ class GradClipper:
 
     def _warn_if_out_of_turn(self) -> None:
         grads = self._witnesses()
-        if grads and all(getattr(grad, _CLIPPED, None) == (id(self), _version(grad)) for grad in grads):
+        if grads and all(getattr(grad, _CLIPPED, None) == (self._mark, _version(grad)) for grad in grads):
             warn(
                 "clip() ran twice on the same gradients: call it once per step, after the last backward() and before "
                 "optimizer.step().",
