@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from numbers import Real
 from typing import Any
 
@@ -127,17 +128,18 @@ class GradClipper:
 
     def _current_plan(self) -> Plan:
         settings = engine.settings_of(self.rule)
-        if self._params.changed:
-            if self._plan is not None:
-                engine.tell(self._plan, self.rule, f", nonfinite={self.nonfinite}", StalePlan)
+        how = engine.how_of(self.nonfinite)
+        changed = self._params.changed
+        if self._plan is not None and (
+            changed or self._settings != settings or not self._plan.holds_for(self._params.tensors)
+        ):
+            engine.tell(self._plan, self.rule, how, StalePlan)
+            self._plan = None
+        if changed:
             before = self._params.named
             self._params = ModuleParameters(self._params.modules, may_be_empty=True)
             for name in before.keys() & self._params.named.keys():
                 carry_over(before[name], self._params.named[name])
-            self._plan = None
-        elif self._plan is not None and not (self._plan.holds_for(self._params.tensors) and self._settings == settings):
-            engine.tell(self._plan, self.rule, f", nonfinite={self.nonfinite}", StalePlan)
-            self._plan = None
         if self._plan is None:
             for module in self._params.modules:
                 learn(module)
@@ -145,7 +147,7 @@ class GradClipper:
             self._plan = make_plan(
                 list(self._params.named),
                 self._params.tensors,
-                settings=f"{self.rule.signature}, {settings}, nonfinite={self.nonfinite}",
+                settings=f"{self.rule.signature}, {settings}{how}",
                 pipeline=self._pipeline,
                 linear=self.rule.bounds is None,
             )
@@ -153,7 +155,8 @@ class GradClipper:
 
     def _witnesses(self) -> list[Tensor]:
         """The gradients that tell whether a clip is the second of its step."""
-        return [param.grad for param in self._params.tensors if param.grad is not None][:_WITNESSES]
+        grads = (param.grad for param in self._params.tensors if param.grad is not None)
+        return list(islice(grads, _WITNESSES))
 
     def _warn_if_out_of_turn(self) -> None:
         grads = self._witnesses()
@@ -162,8 +165,9 @@ class GradClipper:
                 "clip() ran twice on the same gradients: call it once per step, after the last backward() and before "
                 "optimizer.step().",
             )
-        trained = [param for param in self._params.tensors if param.requires_grad and param.numel()]
-        if trained and all(param.grad is None for param in trained):
+        # The first gradient found ends the search.
+        missing = (param.grad is None for param in self._params.tensors if param.requires_grad and param.numel())
+        if next(missing, False) and all(missing):
             warn("clip() found no gradient on this rank: call it after backward() and before zero_grad().")
 
 

@@ -26,6 +26,11 @@ def settings_of(rule: Rule) -> str:
     return f"norm_type={rule.norm_type}{', norms per tensor' if rule.needs_per_tensor else ''}{limits}"
 
 
+def how_of(nonfinite: NonFinite) -> str:
+    """What ranks must agree on in each clip besides the rule."""
+    return f", nonfinite={nonfinite}"
+
+
 def clip(
     plan: Plan, params: Sequence[Tensor], rule: Rule, nonfinite: NonFinite = "propagate", foreach: bool | None = None
 ) -> ClipReport:
@@ -37,7 +42,7 @@ def clip(
         RuntimeError: the norm is not finite and ``nonfinite="raise"``; on every rank, with no gradient changed.
         Failure: another rank cannot clip.
     """
-    how = f", nonfinite={nonfinite}"
+    how = how_of(nonfinite)
     grads = _own_gradients(plan, params, rule, how)
     norms = measure(plan, grads, rule, how)
     found = ~norms.total.isfinite()

@@ -105,10 +105,10 @@ def agree(wire: Wire, entries: Sequence[Entry], facts: Facts) -> Agreement:
     summary = wire.gather(torch.tensor([len(mine), digest(str(mine.tolist())), *astuple(facts)]))
     facts = Facts(*summary[:, 2:].any(0).tolist())
     if len(set(summary[:, 1].tolist())) == 1:
-        rows, ranks = mine.repeat(len(wire.ranks), 1), len(wire.ranks)
-        places = list(range(len(mine)))
-        _check(wire, entries, mine, torch.full((len(mine),), ranks), torch.arange(len(mine)).repeat(ranks), rows)
-        return Agreement([ranks] * len(mine), places, len(mine), mine[:, 3].tolist(), facts)
+        # All lists are this one, so that its rows stand for everybody's.
+        places, holders = torch.arange(len(mine)), torch.full((len(mine),), len(wire.ranks))
+        _check(wire, entries, mine, holders, places, mine)
+        return Agreement(holders.tolist(), places.tolist(), len(mine), mine[:, 3].tolist(), facts)
 
     # Ranks have different tensors: stages, experts, gradients that some ranks miss.
     longest = int(summary[:, 0].max())

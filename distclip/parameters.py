@@ -12,7 +12,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from distclip.warning import warn
 
-Named = list[tuple[str, Tensor]]
 Parameters = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Module]
 
 # Wrappers hide behind these child names; what a user calls "layer.weight" keeps that name under any of them.
