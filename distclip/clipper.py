@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from numbers import Real
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from distclip import engine
+from distclip.gradients import found
 from distclip.layout import learn
 from distclip.layout.declared import Group, as_rank_group, carry_over
 from distclip.layout.memory import Mark
+from distclip.layout.zero import is_engine
 from distclip.parameters import ModuleParameters
 from distclip.plan import Plan, make_plan
 from distclip.reduction import StalePlan
@@ -79,6 +82,17 @@ class GradClipper:
         self._plan: Plan | None = None
         self._settings = ""
         self._mark = Mark()
+        self._hooks = None
+        if is_engine(model):
+            from distclip.integrations.deepspeed import EngineHooks
+
+            self._hooks = EngineHooks(model, self)
+
+    def detach(self) -> None:
+        """Give a DeepSpeed engine its own clipping back."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
 
     @torch.no_grad()
     def clip(self) -> ClipReport:
@@ -94,6 +108,8 @@ class GradClipper:
             TypeError: a gradient that the rule cannot be defined for (complex or sparse under ClipByValue).
             OverflowError: ``|g|**p`` leaves float64.
         """
+        if self._hooks is not None:
+            raise RuntimeError("engine.step() clips by itself: do not call clip(), read clipper.report after the step")
         plan = self._current_plan()
         self._warn_if_out_of_turn()
         params = self._params.tensors
@@ -152,6 +168,30 @@ class GradClipper:
                 linear=self.rule.bounds is None,
             )
         return self._plan
+
+    @torch.no_grad()
+    def _judge(self, grad_scale: float) -> engine.Verdict:
+        """For a framework that steps by itself: what is to be done with its gradients. Collective."""
+        plan = self._current_plan()
+        try:
+            return engine.judge(plan, found(plan, self._params.tensors), self.rule, self.nonfinite, grad_scale)
+        except StalePlan:
+            self._plan = None
+            plan = self._current_plan()
+            return engine.judge(plan, found(plan, self._params.tensors), self.rule, self.nonfinite, grad_scale)
+
+    @torch.no_grad()
+    def _carry_out(self, verdict: engine.Verdict, params: set[int] | None, grad_scale: float) -> None:
+        """Do it to the gradients of ``params`` (by id; None for all)."""
+        assert self._plan is not None
+        tensors = self._params.tensors
+        only = None if params is None else {place for place, param in enumerate(tensors) if id(param) in params}
+        engine.carry_out(self._plan, found(self._plan, tensors, only=only), self.rule, verdict, grad_scale)
+
+    def _stepped(self, verdict: engine.Verdict, skipped: bool) -> None:
+        """The framework's step is over."""
+        self.report = replace(verdict.report, skipped=torch.full_like(verdict.report.skipped, skipped))
+        self.steps += 1
 
     def _witnesses(self) -> list[Tensor]:
         """The gradients that tell whether a clip is the second of its step."""

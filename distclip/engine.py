@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -42,25 +43,66 @@ def clip(
         RuntimeError: the norm is not finite and ``nonfinite="raise"``; on every rank, with no gradient changed.
         Failure: another rank cannot clip.
     """
-    how = how_of(nonfinite)
-    grads = _own_gradients(plan, params, rule, how)
-    norms = measure(plan, grads, rule, how)
-    found = ~norms.total.isfinite()
-    skipped = False
-    if nonfinite == "raise":
-        raise_if(found, rule.norm_type)
-    elif nonfinite == "skip":
-        skipped = bool(found)
-    decision = rule.decide(norms)
-    if skipped:
+    grads = _own_gradients(plan, params, rule, how_of(nonfinite))
+    verdict = judge(plan, grads, rule, nonfinite)
+    if verdict.skip:
         # Optimizers pass over parameters without gradient: no update, no decay, no step count.
         for param in params:
             param.grad = None
-    elif rule.bounds is None:
-        scale_(grads, _of_this_rank(plan, decision.coefficient), foreach)
-    elif not _known_to_be_one(decision.coefficient):
+    else:
+        carry_out(plan, grads, rule, verdict, foreach=foreach)
+    return verdict.report
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of one step's gradients; the same on every rank."""
+
+    total_norm: Tensor
+    """0-d, float64 (the report's may be float32)."""
+    coefficient: Tensor | None
+    """As a rule decided it (see ``Decision``)."""
+    skip: bool
+    """Whether the step is to be left out."""
+    report: ClipReport
+
+
+def judge(
+    plan: Plan,
+    grads: dict[torch.device, LocalGrads],
+    rule: Rule,
+    nonfinite: NonFinite = "propagate",
+    grad_scale: float = 1.0,
+) -> Verdict:
+    """Measure the gradients and ask the rule. Changes nothing. Collective, and raises, as ``clip``.
+
+    Args:
+        grad_scale: what the gradients were multiplied by (a loss scale); the verdict is on those without it.
+    """
+    norms = measure(plan, grads, rule, how_of(nonfinite), grad_scale=grad_scale)
+    found = ~norms.total.isfinite()
+    if nonfinite == "raise":
+        raise_if(found, rule.norm_type)
+    skip = nonfinite == "skip" and bool(found)
+    decision = rule.decide(norms)
+    return Verdict(norms.total, decision.coefficient, skip, _report(plan, norms, decision, found, skip))
+
+
+def carry_out(
+    plan: Plan,
+    grads: dict[torch.device, LocalGrads],
+    rule: Rule,
+    verdict: Verdict,
+    grad_scale: float = 1.0,
+    foreach: bool | None = None,
+) -> None:
+    """Change gradients, all or some, as the verdict on all says, and take ``grad_scale`` off them. Local."""
+    coefficient = None if rule.bounds is not None else _of_this_rank(plan, verdict.coefficient)
+    if grad_scale != 1.0:
+        coefficient = (1.0 if coefficient is None else coefficient) / torch.tensor(grad_scale, dtype=torch.float64)
+    scale_(grads, coefficient, foreach)
+    if rule.bounds is not None and not _known_to_be_one(verdict.coefficient):
         clamp_(grads, rule.bounds, foreach)
-    return _report(plan, norms, decision, found, skipped)
 
 
 def _known_to_be_one(coefficient: Tensor | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,17 +37,30 @@ def local_grads(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, Loca
         TypeError: a gradient is neither dense nor COO-sparse.
         RuntimeError: a gradient is laid out otherwise than its parameter.
     """
-    found: dict[torch.device, LocalGrads] = defaultdict(LocalGrads)
     for guard in plan.guards:
         guard()
-    others = settled(plan, params)
+    return found(plan, params, settled(plan, params))
+
+
+def found(
+    plan: Plan, params: Sequence[Tensor], others: Mapping[int, Tensor] | None = None, only: Container[int] | None = None
+) -> dict[torch.device, LocalGrads]:
+    """As ``local_grads``, but nothing is asked, nothing reduced.
+
+    Args:
+        others: by place of the parameter, what stands for a gradient that this rank has not.
+        only: places of the parameters to look at; None for all.
+    """
+    result: dict[torch.device, LocalGrads] = defaultdict(LocalGrads)
     place = 0
     for index, (name, layout, param) in enumerate(zip(plan.names, plan.layouts, params, strict=True)):
-        grad = others.get(index, param.grad)
+        grad = grad_of(param, layout) if only is None or index in only else None
+        if others and index in others:
+            grad = others[index]
         if grad is not None:
             local = _local(name, param, grad, layout)
             for offset, part in _parts(local, layout.pieces):
-                grads = found[part.device]
+                grads = result[part.device]
                 grads.pieces.append(part)
                 grads.places.append(place + offset)
                 if layout.partial:
@@ -55,7 +68,12 @@ def local_grads(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, Loca
                 if grad.is_sparse:
                     grads.sparse.append(name)
         place += len(layout.pieces)
-    return found
+    return result
+
+
+def grad_of(param: Tensor, layout: GradLayout) -> Tensor | None:
+    """What this rank has of a parameter's gradient, wherever its system keeps it."""
+    return param.grad if layout.local is None else layout.local()
 
 
 def settled(plan: Plan, params: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -66,7 +84,7 @@ def settled(plan: Plan, params: Sequence[Tensor]) -> dict[int, Tensor]:
     Returns:
         By place of the parameter, what a rank without the gradient got of it: it counts in the norm.
     """
-    found = {}
+    result = {}
     for place, letters in plan.settled.items():
         param = params[place]
         assert is_dtensor(param)
@@ -74,8 +92,8 @@ def settled(plan: Plan, params: Sequence[Tensor]) -> dict[int, Tensor]:
         if param.grad is not None:
             param.grad = grad
         else:
-            found[place] = grad
-    return found
+            result[place] = grad
+    return result
 
 
 def check_limits(plan: Plan, grads: dict[torch.device, LocalGrads], bounds: tuple[float, float]) -> None:

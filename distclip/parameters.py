@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from distclip.layout.zero import is_engine
 from distclip.warning import warn
 
 Parameters = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Module]
@@ -84,6 +85,7 @@ def named_parameters(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
     for name, child in root._modules.items():
         if child is not None:
             hidden = name in _WRAPPED_CHILDREN or isinstance(root, DistributedDataParallel | DataParallel)
+            hidden |= name == "module" and is_engine(root)
             yield from named_parameters(child, prefix if hidden else f"{prefix}{name}.")
 
 

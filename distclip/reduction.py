@@ -38,13 +38,19 @@ class Failure(RuntimeError):
 
 
 def measure(
-    plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, how: str = "", trouble: type[Exception] | None = None
+    plan: Plan,
+    grads: dict[torch.device, LocalGrads],
+    rule: Rule,
+    how: str = "",
+    trouble: type[Exception] | None = None,
+    grad_scale: float = 1.0,
 ) -> Norms:
     """The norms that ``rule`` asks for, the same bits on every participant. Collective: one all-reduce at most.
 
     Args:
         how: what else must be the same on all ranks in this clip.
         trouble: StalePlan or Failure, where this rank takes part only to tell the others of it.
+        grad_scale: what the gradients were multiplied by (a loss scale), so that the norms are those without it.
 
     Returns:
         Norms on the device of the first gradient (of the first parameter where this rank has none).
@@ -83,6 +89,8 @@ def measure(
     if not math.isinf(p):
         for name in norms.keys() & {"total", "per_tensor"}:
             norms[name] = norms[name].sqrt() if p == 2 else norms[name].pow(1.0 / p)
+    if grad_scale != 1.0:
+        norms = {name: values / grad_scale for name, values in norms.items()}
     return Norms(norms["total"][0], norms.get("per_tensor"), norms.get("extremes"))
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from distclip.layout import ddp, declared, dtensor, fsdp1, fsdp2, plain
+from distclip.layout import ddp, declared, dtensor, fsdp1, fsdp2, plain, zero
 from distclip.layout.base import GradLayout, Piece, RankGroup, Resolver
 from distclip.layout.memory import Memory
 
@@ -18,6 +18,7 @@ __all__ = ["GradLayout", "Piece", "RankGroup", "layout_of", "learn", "own_layout
 
 # The first to answer is believed: the systems that cut a tensor before those that only replicate it.
 RESOLVERS = (
+    Resolver(teach=zero.teach, resolve=zero.resolve),
     Resolver(teach=fsdp1.teach, resolve=fsdp1.resolve),
     Resolver(teach=fsdp2.teach),
     Resolver(resolve=dtensor.resolve),

@@ -78,6 +78,8 @@ class GradLayout:
     """Whether the pieces are one tensor by declaration alone, so that nobody knows its whole shape."""
     tie: int | None = None
     """Ordinal among the tensors declared replicated: such a tensor may bear another name on each stage."""
+    local: Callable[[], Tensor | None] | None = field(default=None, compare=False, repr=False)
+    """Finds this rank's part of the gradient where its system keeps it; None where that is ``.grad``."""
     guard: Callable[[], None] | None = field(default=None, compare=False, repr=False)
     """Raises or warns where the gradients are not reduced over the ranks yet (inside ``no_sync``, say)."""
 
