@@ -85,7 +85,7 @@ def judge(
         raise_if(found, rule.norm_type)
     skip = nonfinite == "skip" and bool(found)
     decision = rule.decide(norms)
-    return Verdict(norms.total, decision.coefficient, skip, _report(plan, norms, decision, found, skip))
+    return Verdict(norms.total, decision.coefficient, skip, _report(plan, rule, norms, decision, found, skip))
 
 
 def carry_out(
@@ -161,7 +161,7 @@ def returned(plan: Plan, norm: Tensor) -> Tensor:
     return norm if plan.float64 else norm.float()
 
 
-def _report(plan: Plan, norms: Norms, decision: Decision, found: Tensor, skipped: bool) -> ClipReport:
+def _report(plan: Plan, rule: Rule, norms: Norms, decision: Decision, found: Tensor, skipped: bool) -> ClipReport:
     coefficient = torch.ones_like(norms.total)
     if decision.coefficient is not None and decision.coefficient.numel():
         coefficient = decision.coefficient.amin()
@@ -177,5 +177,17 @@ def _report(plan: Plan, norms: Norms, decision: Decision, found: Tensor, skipped
         clipped=coefficient < 1.0,
         nonfinite=found,
         skipped=torch.full_like(found, skipped),
+        clipped_norm=None if rule.bounds is not None else returned(plan, _after(norms, decision, rule.norm_type)),
         per_tensor=per_tensor,
     )
+
+
+def _after(norms: Norms, decision: Decision, p: float) -> Tensor:
+    """The total norm that the decision leaves."""
+    if decision.coefficient is None:
+        return norms.total
+    if decision.coefficient.ndim == 0:
+        return norms.total * decision.coefficient
+    assert norms.per_tensor is not None
+    norm: Tensor = torch.linalg.vector_norm(norms.per_tensor * decision.coefficient, p)
+    return norm

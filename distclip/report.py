@@ -26,17 +26,21 @@ class ClipReport:
     """Whether any gradient holds an inf or NaN; bool."""
     skipped: Tensor
     """Whether this step's gradients were dropped, so that ``optimizer.step()`` changes nothing; bool."""
+    clipped_norm: Tensor | None = None
+    """Global norm after clipping, as ``total_norm``; None where elements were limited, after which only another read of
+    the gradients could tell (``distclip.grad_norm``)."""
     per_tensor: dict[str, Tensor] | None = None
     """Norm of each tensor before clipping, by name; float64. Only where the rule needs them."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain Python numbers. Waits for the device once."""
         flags = ("clipped", "nonfinite", "skipped")
-        numbers = ("total_norm", "coefficient", "threshold")
-        tensors = [getattr(self, name) for name in (*numbers, *flags)] + list((self.per_tensor or {}).values())
+        numbers = ("total_norm", "clipped_norm", "coefficient", "threshold")
+        fields = {name: getattr(self, name) for name in (*numbers, *flags) if getattr(self, name) is not None}
+        tensors = [*fields.values(), *(self.per_tensor or {}).values()]
         values = torch.stack([tensor.double() for tensor in tensors]).tolist()
-        result: dict[str, Any] = dict(zip(numbers, values, strict=False))
-        result |= {name: bool(value) for name, value in zip(flags, values[3:], strict=False)}
+        result: dict[str, Any] = dict(zip(fields, values, strict=False))
+        result |= {name: bool(result[name]) for name in flags}
         if self.per_tensor is not None:
-            result["per_tensor"] = dict(zip(self.per_tensor, values[6:], strict=True))
+            result["per_tensor"] = dict(zip(self.per_tensor, values[len(fields) :], strict=True))
         return result

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+import zero
 from distclip import GradClipper
 
 #: The optimizer's settings for each parameter under its name. In a list, where parameters have numbers, those of two
@@ -23,13 +24,20 @@ OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 def save_step(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, clipper: GradClipper) -> None:
     """Write folder/step-N. All ranks must call."""
+    path = folder / f"step-{step:08d}"
+    if zero.is_engine(model):
+        zero.save(model, path, {"clipper": clipper.state_dict()})
+        return
     state = _state(model, optimizer, clipper)
-    save(state, checkpoint_id=folder / f"step-{step:08d}", no_dist=not dist.is_initialized())
+    save(state, checkpoint_id=path, no_dist=not dist.is_initialized())
 
 
 def load_newest(folder: Path, model: nn.Module, optimizer: Optimizer, clipper: GradClipper) -> int:
     """Read the newest checkpoint of `folder` into all three and return its step. All ranks must call."""
     step, newest = find_newest(folder)
+    if zero.is_engine(model):
+        clipper.load_state_dict(zero.load(model, newest)["clipper"])
+        return step
     state = _state(model, optimizer, clipper)
     load(state, checkpoint_id=newest, no_dist=not dist.is_initialized())
     parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
@@ -40,8 +48,8 @@ def load_newest(folder: Path, model: nn.Module, optimizer: Optimizer, clipper: G
 
 def find_newest(folder: Path) -> tuple[int, Path]:
     """The highest step of which `folder` has a checkpoint, and where. Raises ValueError where there is none."""
-    # .metadata is written last: without it, the save was cut off.
-    complete = [file.parent for file in folder.glob("step-*/.metadata")]
+    # These are written last: without them, the save was cut off.
+    complete = [file.parent for name in (".metadata", zero.COMPLETE) for file in folder.glob(f"step-*/{name}")]
     if not complete:
         raise ValueError(f"--resume: no complete checkpoint in --checkpoint {folder}")
     return max((int(path.name.removeprefix("step-")), path) for path in complete)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ import data_parallel
 import experts
 import pipeline
 import tensor_parallel
+import zero
 from data import Batch
 from options import Options
 from ranks import Job
@@ -49,6 +51,9 @@ WAYS: dict[str, Way] = {
     "pp": Way(pipeline.pp, pipeline.check_pp, pipeline.place),
     "pp+fsdp2": Way(pipeline.pp_fsdp2, pipeline.check_pp_fsdp2, pipeline.place),
     "ep": Way(experts.ep, experts.check_ep),
+    "zero1": Way(partial(zero.zero, 1), zero.check),
+    "zero2": Way(partial(zero.zero, 2), zero.check),
+    "zero3": Way(partial(zero.zero, 3), zero.check),
 }
 
 
@@ -65,8 +70,8 @@ def microbatches(batch: Batch, count: int) -> list[Batch]:
 
 
 def autocast(model: nn.Module, job: Job, precision: str) -> AbstractContextManager[None]:
-    """For the forward pass under bf16: autocast, unless FSDP casts the parameters by itself."""
-    casts_by_itself = isinstance(model, FullyShardedDataParallel | FSDPModule)
+    """For the forward pass under bf16: autocast, unless FSDP or ZeRO casts the parameters by itself."""
+    casts_by_itself = isinstance(model, FullyShardedDataParallel | FSDPModule) or zero.is_engine(model)
     enabled = precision == "bf16" and not casts_by_itself
     return torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=enabled)
 
@@ -82,6 +87,8 @@ def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 def full_parameters(spread: Spread) -> dict[str, Tensor]:
     """The whole model's parameters on the CPU, under their plain names. All ranks must call."""
+    if spread.engine:
+        return zero.full_parameters(spread.engine)
     state = cast(dict[str, Tensor], get_model_state_dict(spread.model, options=StateDictOptions(full_state_dict=True)))
     here = {name: tensor.cpu() for name, tensor in state.items()}
     group = spread.pipeline_group or spread.expert_group

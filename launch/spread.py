@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -35,11 +36,22 @@ class Spread:
     """Plain tensors that no other rank holds, ..."""
     expert_group: dist.ProcessGroup | None = None
     """... and the ranks that hold the others."""
+    engine: Any = None
+    """A DeepSpeed engine, if that steps by itself."""
 
     @property
     def pipeline_group(self) -> dist.ProcessGroup | None:
         """One rank of each stage, this one included."""
         return self.pipeline.group if self.pipeline else None
+
+
+def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """SGD with momentum on all parameters of this rank.
+
+    Not Adam: it divides by the gradients' own size, so clipping, right or wrong, would hardly show. Not foreach: under
+    tensor parallelism the parameters lie on several meshes, which torch's foreach refuses.
+    """
+    return torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, foreach=False)
 
 
 def require_transformer(options: Options) -> None:

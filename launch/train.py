@@ -5,10 +5,12 @@ call of clip() between backward() and optimizer.step(). It is the same for every
 see by itself: `pipeline_group=` names the ranks of the other stages, `declare()` those of the other experts.
 """
 
+import math
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +21,14 @@ try:
     import distclip
     import parallel
     import ranks
+    import zero
     from arguments import make_rule, parse
     from comparison import Comparison, Run
     from models import make_model, mean_loss
     from options import Options
     from ranks import Job
     from run_log import RunLog
+    from spread import make_optimizer
     from step import Step
 except ModuleNotFoundError as missing:
     name = (missing.name or "").partition(".")[0]
@@ -44,9 +48,8 @@ class Training:
         self.place = way.place(job.rank, job.world)
         self.spread = way.spread(model, job, options)
         self.model = self.spread.model
-        # Not Adam: it divides by the gradients' own size, so clipping, right or wrong, would hardly show.
-        # Not foreach: under tensor parallelism the parameters lie on several meshes, which torch's foreach refuses.
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=options.lr, momentum=0.9, foreach=False)
+        self.engine = self.spread.engine
+        self.optimizer = self.engine.optimizer if self.engine else make_optimizer(self.model, options)
         if self.spread.experts:
             distclip.declare(self.spread.experts, sharded=self.spread.expert_group)
         self.pipeline_group = self.spread.pipeline_group
@@ -56,18 +59,12 @@ class Training:
         """Train on the global batch of step `number`. Every rank returns the same numbers."""
         started = time.perf_counter()
         loss = self.backward(number)
-        report = self.clipper.clip().to_dict()
-        # Measured for the figure; a script that needs no figure leaves this out. Norm x coefficient would be right for
-        # a global norm only, not for rules that treat each tensor or element by itself.
-        p = getattr(self.clipper.rule, "norm_type", 2.0)
-        clipped_norm = distclip.grad_norm(self.model, p, pipeline_group=self.pipeline_group).item()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        report = self.update()
         return Step(
             step=number,
             loss=ranks.global_mean(loss, self.job),
             total_norm=report["total_norm"],
-            clipped_norm=clipped_norm,
+            clipped_norm=report.get("clipped_norm", math.nan),
             coefficient=report["coefficient"],
             threshold=report["threshold"],
             clipped=report["clipped"],
@@ -76,6 +73,21 @@ class Training:
             lr=self.optimizer.param_groups[0]["lr"],
             seconds=time.perf_counter() - started,
         )
+
+    def update(self) -> dict[str, Any]:
+        """Clip, step, and forget the gradients. Returns what the clipper reports."""
+        if self.engine:
+            self.engine.step()  # clips by itself
+            assert self.clipper.report is not None
+            return self.clipper.report.to_dict()
+        report = self.clipper.clip().to_dict()
+        if "clipped_norm" not in report:
+            # For the figure. After limiting elements only another read of the gradients can tell it.
+            norm = distclip.grad_norm(self.model, pipeline_group=self.pipeline_group)
+            report["clipped_norm"] = norm.item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return report
 
     def backward(self, number: int) -> Tensor:
         """Leave the gradient of the global batch's mean loss in .grad; return the mean loss of this rank's share."""
@@ -92,7 +104,10 @@ class Training:
                     logits = self.model(inputs)
                 # The wrapper averages over the ranks; this, over the micro-batches.
                 loss = mean_loss(logits, targets) / options.accumulate
-                loss.backward()
+                if self.engine:
+                    zero.backward(self.engine, loss, last=index == options.accumulate - 1)
+                else:
+                    loss.backward()
             total += loss.detach()
         return total
 

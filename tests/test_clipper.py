@@ -39,6 +39,7 @@ def test_a_number_is_the_largest_global_norm() -> None:
     assert clipper.report is report
     assert report.to_dict() == {
         "total_norm": pytest.approx(truth, rel=1e-6),
+        "clipped_norm": pytest.approx(truth / 4, rel=1e-5),
         "coefficient": pytest.approx(0.25, rel=1e-5),
         "threshold": truth / 4,
         "clipped": True,

@@ -33,6 +33,8 @@ def steps(out: Path) -> list[dict[str, object]]:
         ("hsdp+tp", 4, "transformer"),
         ("pp+fsdp2", 4, "transformer"),
         ("ep", 2, "transformer"),
+        ("zero1", 2, "lstm"),
+        ("zero3", 2, "transformer"),
     ],
 )
 def test_many_ranks_train_as_one_process(parallel: str, ranks: int, model: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,21 @@ def setting() -> dict[str, Any]:
     loss(model, torch.tensor([1, 2])).backward()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     groups = dict.fromkeys(("pp_group", "ep_group", "embedding_group"), dist.group.WORLD)
-    names = {"distclip": distclip, "GradClipper": distclip.GradClipper, "loss": loss, "step": 0}
+    names: dict[str, Any] = {"distclip": distclip, "GradClipper": distclip.GradClipper, "loss": loss, "step": 0}
     return names | groups | {"model": model, "stage": model, "optimizer": optimizer, "batches": [torch.tensor([3])]}
 
 
 def run(block: str) -> str:
     names = setting()
+    if "deepspeed" in block:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        names["deepspeed"] = pytest.importorskip("deepspeed")
+        names["deepspeed"].init_distributed("gloo")
+        names["config"] = {
+            "train_batch_size": 1,
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+        }
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(block, names)
         clipper = names.get("clipper")
@@ -54,6 +64,7 @@ def run(block: str) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.distributed.*is deprecated:FutureWarning")  # DeepSpeed's calls
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
 def test_block(block: str) -> None:
     (printed,) = run_ranks(run, 1, block)
