@@ -60,7 +60,7 @@ def clip(
         scale_(grads, _of_this_rank(plan, decision.coefficient), foreach)
     elif not _known_to_be_one(decision.coefficient):
         clamp_(grads, rule.bounds, foreach)
-    return _report(plan, norms, decision, found, skipped)
+    return report_of(plan, norms, decision, found, skipped)
 
 
 def _known_to_be_one(coefficient: Tensor | None) -> bool:
@@ -119,7 +119,8 @@ def returned(plan: Plan, norm: Tensor) -> Tensor:
     return norm if plan.float64 else norm.float()
 
 
-def _report(plan: Plan, norms: Norms, decision: Decision, found: Tensor, skipped: bool) -> ClipReport:
+def report_of(plan: Plan, norms: Norms, decision: Decision, found: Tensor, skipped: bool) -> ClipReport:
+    """What a clip did that measured ``norms`` and applied ``decision``."""
     coefficient = torch.ones_like(norms.total)
     if decision.coefficient is not None and decision.coefficient.numel():
         coefficient = decision.coefficient.amin()

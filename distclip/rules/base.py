@@ -42,6 +42,9 @@ class Rule:
     norm_type: float = 2.0
     """The p of every norm handed to ``decide``, and of the report's ``total_norm``."""
     needs_per_tensor: bool = False
+    separable: bool = False
+    """Whether each tensor's coefficient follows from its own norm alone, and ``decide`` remembers nothing: a tensor can
+    be clipped before the others' gradients exist (``GradClipper.clip_in_backward``)."""
     bounds: tuple[float, float] | None = None
     """Where set, elements are limited to it and nothing is multiplied: the coefficient only tells how hard it bit."""
 
