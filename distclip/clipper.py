@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from distclip import engine
-from distclip.gradients import found
+from distclip.gradients import found, version_of
+from distclip.in_backward import InBackward, check_settings
 from distclip.layout import learn
 from distclip.layout.declared import Group, as_rank_group, carry_over
 from distclip.layout.memory import Mark
@@ -83,6 +84,9 @@ class GradClipper:
         self._settings = ""
         self._mark = Mark()
         self._hooks = None
+        self._in_backward: InBackward | None = None
+        # What load_state_dict brought for it before it was there.
+        self._resumed: dict[str, Any] = {}
         if is_engine(model):
             from distclip.integrations.deepspeed import EngineHooks
 
@@ -110,6 +114,11 @@ class GradClipper:
         """
         if self._hooks is not None:
             raise RuntimeError("engine.step() clips by itself: do not call clip(), read clipper.report after the step")
+        if self._in_backward is not None and self._in_backward.active:
+            raise RuntimeError(
+                "clip_in_backward() is active: gradients are clipped while backward() runs. Leave clip() out, or call "
+                "remove() on what clip_in_backward() returned."
+            )
         plan = self._current_plan()
         self._warn_if_out_of_turn()
         params = self._params.tensors
@@ -121,12 +130,60 @@ class GradClipper:
             self.report = engine.clip(self._current_plan(), params, self.rule, self.nonfinite)
         self.steps += 1
         for grad in self._witnesses():
-            setattr(grad, _CLIPPED, (self._mark, _version(grad)))
+            setattr(grad, _CLIPPED, (self._mark, version_of(grad)))
         return self.report
+
+    def clip_in_backward(self, *, previous_norm: bool = False) -> InBackward:
+        """From now on clip each gradient as soon as ``backward()`` has made it, instead of by ``clip()``.
+
+        For optimizers that step in ``register_post_accumulate_grad_hook`` and free the gradient. The clip comes before
+        every such hook, whenever that was registered. Collective, as the first ``clip()``; call it between two steps,
+        on the wrapped model (a part of a DDP model looks like any module, and would be clipped before it is averaged).
+        Afterwards each ``backward()`` is a step: at its end one all-reduce (none where nothing is sharded) makes
+        ``clipper.report``, of the norm before clipping; every participating rank must have at least one gradient.
+
+        What is clipped by:
+
+        - Rules that limit elements (ClipByValue) and rules of single tensors (``Rule.separable``: ClipByNorm) act at
+          once, as ``clip()`` would. The norm of a tensor that is cut costs one all-reduce in its hook, so hooks must
+          run in the same order on all ranks that hold it. They do where these run the same model: autograd's order
+          follows from the forward, and FSDP2 reduces gradients in that order.
+        - All others need ``previous_norm=True``: gradients are scaled by what the rule made of the norms of the
+          backward before. The first is not clipped. Norms that were not finite are passed over: the coefficient before
+          them stays. ``report.coefficient`` and ``threshold`` are those applied, ``total_norm`` is this backward's.
+
+        Works in one process and with DTensors (FSDP2, HSDP, ``replicate`` in its DTensor form, tensor parallel). Plain
+        gradients are taken to be whole: whoever averages them by hand does so in ``param.register_hook``, which runs
+        before. Not with a GradScaler, which unscales later.
+
+        Args:
+            previous_norm: clip by the norm of the previous backward.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+
+        Raises:
+            ValueError: the rule needs the norm of all gradients and ``previous_norm`` is False (or it limits elements
+                and that is True); ``nonfinite`` is not "propagate"; there is a ``pipeline_group``.
+            RuntimeError: DDP, FSDP1, or parameters that ``fully_shard`` ignores: their gradients are not reduced yet
+                when hooks run; it is active already; there are gradients; ranks disagree. In ``backward()``: a gradient
+                that was clipped before and not freed; parameters replaced, converted or unfrozen since (seen while the
+                clipper lives); reentrant checkpointing.
+        """
+        if self._in_backward is not None and self._in_backward.active:
+            raise RuntimeError("clip_in_backward() is active already: call remove() on what it returned first")
+        check_settings(self.rule, self.nonfinite, previous_norm, self._pipeline)
+        plan = self._current_plan()
+        self._in_backward = InBackward(self, plan, self._params, previous_norm)
+        self._in_backward.load_state_dict(self._resumed)
+        self._resumed = {}
+        return self._in_backward
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs: the rule's state and the number of steps. No side effects, the same on every rank."""
-        return {"rule": type(self.rule).__name__, "rule_state": self.rule.state_dict(), "steps": self.steps}
+        state = {"rule": type(self.rule).__name__, "rule_state": self.rule.state_dict(), "steps": self.steps}
+        carried = self._in_backward.state_dict() if self._in_backward is not None else {}
+        return state | ({"in_backward": carried} if carried else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from what ``state_dict`` returned.
@@ -141,6 +198,11 @@ class GradClipper:
             raise ValueError(f"state_dict is of rule {state_dict['rule']}, this clipper has {type(self.rule).__name__}")
         self.rule.load_state_dict(state_dict["rule_state"])
         self.steps = state_dict["steps"]
+        carried = state_dict.get("in_backward", {})
+        if self._in_backward is not None and self._in_backward.active:
+            self._in_backward.load_state_dict(carried)
+        else:
+            self._resumed = carried
 
     def _current_plan(self) -> Plan:
         settings = engine.settings_of(self.rule)
@@ -200,7 +262,7 @@ class GradClipper:
 
     def _warn_if_out_of_turn(self) -> None:
         grads = self._witnesses()
-        if grads and all(getattr(grad, _CLIPPED, None) == (self._mark, _version(grad)) for grad in grads):
+        if grads and all(getattr(grad, _CLIPPED, None) == (self._mark, version_of(grad)) for grad in grads):
             warn(
                 "clip() ran twice on the same gradients: call it once per step, after the last backward() and before "
                 "optimizer.step().",
@@ -209,12 +271,6 @@ class GradClipper:
         missing = (param.grad is None for param in self._params.tensors if param.requires_grad and param.numel())
         if next(missing, False) and all(missing):
             warn("clip() found no gradient on this rank: call it after backward() and before zero_grad().")
-
-
-def _version(grad: Tensor) -> int:
-    # Writing to a DTensor's local tensor does not show in the DTensor's own version.
-    local = getattr(grad, "_local_tensor", grad)
-    return -1 if local.is_inference() else int(local._version)
 
 
 def _as_rule(rule: object) -> Rule:

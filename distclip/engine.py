@@ -85,7 +85,7 @@ def judge(
         raise_if(found, rule.norm_type)
     skip = nonfinite == "skip" and bool(found)
     decision = rule.decide(norms)
-    return Verdict(norms.total, decision.coefficient, skip, _report(plan, rule, norms, decision, found, skip))
+    return Verdict(norms.total, decision.coefficient, skip, report_of(plan, rule, norms, decision, found, skip))
 
 
 def carry_out(
@@ -161,7 +161,8 @@ def returned(plan: Plan, norm: Tensor) -> Tensor:
     return norm if plan.float64 else norm.float()
 
 
-def _report(plan: Plan, rule: Rule, norms: Norms, decision: Decision, found: Tensor, skipped: bool) -> ClipReport:
+def report_of(plan: Plan, rule: Rule, norms: Norms, decision: Decision, found: Tensor, skipped: bool) -> ClipReport:
+    """What a clip did that measured ``norms`` and applied ``decision``."""
     coefficient = torch.ones_like(norms.total)
     if decision.coefficient is not None and decision.coefficient.numel():
         coefficient = decision.coefficient.amin()

@@ -112,6 +112,13 @@ def check_limits(plan: Plan, grads: dict[torch.device, LocalGrads], bounds: tupl
             )
 
 
+def version_of(grad: Tensor) -> int:
+    """A number that grows with each write to the gradient in place; -1 where nobody counts."""
+    # Writing to a DTensor's local tensor does not show in the DTensor's own version.
+    local = getattr(grad, "_local_tensor", grad)
+    return -1 if local.is_inference() else int(local._version)
+
+
 def _parts(local: Tensor, pieces: tuple[Piece, ...]) -> Iterator[tuple[int, Tensor]]:
     for offset, piece in enumerate(pieces):
         part = local if piece.span is None else local.view(-1).narrow(0, *piece.span)

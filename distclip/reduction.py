@@ -9,6 +9,7 @@ included (which MAX loses on some backends).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -60,21 +61,56 @@ def measure(
         RuntimeError: the ranks' rules differ; on every participant (on the CPU: elsewhere looking would wait).
         StalePlan, Failure: the ``trouble`` of some rank; on every participant (likewise).
     """
-    p, group = rule.norm_type, plan.participants.group
     device = next(iter(grads), plan.device)
     wire = device if plan.wire is None else plan.wire
-    powers, range_flags = _powers(plan, grads, p, wire)
+    norms = combined(plan, local_sums(plan, grads, rule, wire), rule, device, how, trouble)
+    return norms if grad_scale == 1.0 else norms.divided_by(grad_scale)
+
+
+class LocalSums(NamedTuple):
+    """What one rank has to say in the all-reduce; float64."""
+
+    powers: Tensor
+    """Its share of each tensor's ``sum(|g|**p)`` (for the inf-norm: ``max(|g|)``), shape ``(tensors,)``."""
+    range_flags: Tensor
+    """How many of these sums left float64, see ``_range_flags``; shape ``(3,)``."""
+    extremes: Tensor | None = None
+    """The largest of -g and of g, shape ``(2,)``, where the rule limits elements."""
+    riding: Tensor | None = None
+    """Its parts of the Partial gradients that ride, end to end."""
+
+
+def local_sums(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, wire: torch.device) -> LocalSums:
+    """Read this rank's gradients, once; the sums lie on ``wire``. Never communicates."""
+    return LocalSums(
+        *_powers(plan, grads, rule.norm_type, wire),
+        extremes=None if rule.bounds is None else _extremes(grads, wire),
+        riding=_parts(plan, grads, wire) if plan.riding else None,
+    )
+
+
+def combined(
+    plan: Plan,
+    local: LocalSums,
+    rule: Rule,
+    device: torch.device,
+    how: str = "",
+    trouble: type[Exception] | None = None,
+) -> Norms:
+    """The norms, on ``device``, of what all participants summed. Collective; arguments and errors: see ``measure``."""
+    p, group, powers = rule.norm_type, plan.participants.group, local.powers
+    wire = powers.device
     header = _header(rule.signature + how, trouble).to(wire)
-    sums = {"header": header, "range_flags": range_flags}
+    sums = {"header": header, "range_flags": local.range_flags}
     maxima: dict[str, Tensor] = {}
-    combined = maxima if math.isinf(p) else sums
-    combined["total"] = _total(powers, p)
+    chosen = maxima if math.isinf(p) else sums
+    chosen["total"] = _total(powers, p)
     if rule.needs_per_tensor:
-        combined["per_tensor"] = powers.new_zeros(plan.slot_count).index_add_(0, plan.slots.to(wire), powers)
-    if rule.bounds is not None:
-        maxima["extremes"] = _extremes(grads, wire)
-    if plan.riding:
-        sums["partial"] = _parts(plan, grads, wire)
+        chosen["per_tensor"] = powers.new_zeros(plan.slot_count).index_add_(0, plan.slots.to(wire), powers)
+    if local.extremes is not None:
+        maxima["extremes"] = local.extremes
+    if local.riding is not None:
+        sums["partial"] = local.riding
     reduced = _all_reduce(plan.participants, sums, maxima)
     if group is not None and wire.type == "cpu":
         _check_header(plan, group, rule.signature + how, reduced["header"])
@@ -89,8 +125,6 @@ def measure(
     if not math.isinf(p):
         for name in norms.keys() & {"total", "per_tensor"}:
             norms[name] = norms[name].sqrt() if p == 2 else norms[name].pow(1.0 / p)
-    if grad_scale != 1.0:
-        norms = {name: values / grad_scale for name, values in norms.items()}
     return Norms(norms["total"][0], norms.get("per_tensor"), norms.get("extremes"))
 
 

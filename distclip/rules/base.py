@@ -19,6 +19,11 @@ class Norms:
     extremes: Tensor | None = None
     """The largest of -g and of g over all elements, shape ``(2,)``, where the rule limits elements."""
 
+    def divided_by(self, scale: float | Tensor) -> Norms:
+        """The norms of gradients that are ``scale`` times smaller."""
+        parts = (self.total, self.per_tensor, self.extremes)
+        return Norms(*(part if part is None else part / scale for part in parts))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -42,6 +47,9 @@ class Rule:
     norm_type: float = 2.0
     """The p of every norm handed to ``decide``, and of the report's ``total_norm``."""
     needs_per_tensor: bool = False
+    separable: bool = False
+    """Whether each tensor's coefficient follows from its own norm alone, and ``decide`` remembers nothing: a tensor can
+    be clipped before the others' gradients exist (``GradClipper.clip_in_backward``)."""
     bounds: tuple[float, float] | None = None
     """Where set, elements are limited to it and nothing is multiplied: the coefficient only tells how hard it bit."""
 

@@ -66,6 +66,7 @@ class ClipByNorm(Rule):
 
     max_norm: float
     needs_per_tensor = True
+    separable = True
 
     def __post_init__(self) -> None:
         self.max_norm = checked("max_norm", self.max_norm)
