@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from distclip.layout.fsdp2 import sharded_parameters
 from distclip.layout.zero import is_engine
 from distclip.warning import warn
 
@@ -33,7 +34,8 @@ def split(parameters: Parameters, may_be_empty: bool = False) -> tuple[list[nn.M
     for item in given:
         if isinstance(item, nn.Module):
             modules.append(item)
-            tensors.extend(item.parameters())
+            sharded = sharded_parameters(item)
+            tensors.extend(sharded.get(id(param), param) for param in item.parameters())
         elif isinstance(item, Tensor):
             tensors.append(item)
         else:
@@ -69,8 +71,9 @@ def names(modules: list[nn.Module], tensors: list[Tensor]) -> list[str]:
     known: dict[int, str] = {}
     for place, module in enumerate(modules):
         prefix = f"{place}." if len(modules) > 1 else ""
+        sharded = sharded_parameters(module)
         for name, param in named_parameters(module):
-            known.setdefault(id(param), prefix + name)
+            known.setdefault(id(sharded.get(id(param), param)), prefix + name)
     return [known.get(id(tensor), f"parameters[{place}]") for place, tensor in enumerate(tensors)]
 
 

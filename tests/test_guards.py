@@ -295,3 +295,25 @@ def test_a_sharded_model_can_be_converted_after_a_clip() -> None:
     distclip.clip_grad_norm_(model, 1.0)
     model.double()
     assert distclip.grad_norm(model).isfinite()
+
+
+@ranks(2)
+def test_fsdp2_that_keeps_parameters_unsharded_after_backward() -> None:
+    """Its modules then hold parameters that have no gradient."""
+    model = build(LAYOUTS["fsdp2"])
+    assert isinstance(model, FSDPModule)
+    sharded = dict(model.named_parameters())
+    model.set_reshard_after_backward(False)
+    clipper = distclip.GradClipper(model, distclip.ClipByNorm(0.01))
+    for _ in range(3):
+        backward(LAYOUTS["fsdp2"], model)
+        whole = [p.grad.full_tensor() for p in sharded.values() if isinstance(p.grad, DTensor)]
+        truth = oracle.norm({str(place): grad.double().numpy() for place, grad in enumerate(whole)})
+        assert not isinstance(next(model.parameters()), DTensor)
+        assert distclip.grad_norm(model).item() == pytest.approx(truth, rel=1e-6)
+        report = clipper.clip()
+        assert report.total_norm.item() == pytest.approx(truth, rel=1e-6)
+        assert set(report.per_tensor or ()) == set(sharded)
+        assert distclip.grad_norm(model).item() < truth
+        for param in sharded.values():
+            param.grad = None

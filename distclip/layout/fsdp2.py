@@ -28,6 +28,14 @@ def teach(root: nn.Module) -> Iterator[tuple[Tensor, GradLayout]]:
                 yield param, replace(layout, guard=guard)
 
 
+def sharded_parameters(root: nn.Module) -> dict[int, Tensor]:
+    """By id of an unsharded parameter, which modules may hold still after backward, the one with the gradient."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return {}
+    params = (param for module in root.modules() for group in _param_groups(module) for param in group.fsdp_params)
+    return {id(p._unsharded_param): p.sharded_param for p in params if getattr(p, "_unsharded_param", None) is not None}
+
+
 def _param_groups(module: nn.Module) -> list[Any]:
     from torch.distributed._composable_state import _get_module_state
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
