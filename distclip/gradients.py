@@ -46,7 +46,7 @@ def local_grads(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, Loca
         grad = others.get(index, param.grad)
         if grad is not None:
             local = _local(name, param, grad, layout)
-            for offset, part in _parts(local, layout.pieces):
+            for offset, part in parts_of(local, layout.pieces):
                 grads = found[part.device]
                 grads.pieces.append(part)
                 grads.places.append(place + offset)
@@ -94,7 +94,8 @@ def check_limits(plan: Plan, grads: dict[torch.device, LocalGrads], bounds: tupl
             )
 
 
-def _parts(local: Tensor, pieces: tuple[Piece, ...]) -> Iterator[tuple[int, Tensor]]:
+def parts_of(local: Tensor, pieces: tuple[Piece, ...]) -> Iterator[tuple[int, Tensor]]:
+    """The place of each piece that this rank has something of, and its elements in the ``local`` gradient."""
     for offset, piece in enumerate(pieces):
         part = local if piece.span is None else local.view(-1).narrow(0, *piece.span)
         if part.numel():

@@ -40,7 +40,7 @@ def setting() -> dict[str, Any]:
     loss(model, torch.tensor([1, 2])).backward()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     groups = dict.fromkeys(("pp_group", "ep_group", "embedding_group"), dist.group.WORLD)
-    names = {"distclip": distclip, "GradClipper": distclip.GradClipper, "loss": loss, "step": 0}
+    names = {"distclip": distclip, "torch": torch, "GradClipper": distclip.GradClipper, "loss": loss, "step": 0}
     return names | groups | {"model": model, "stage": model, "optimizer": optimizer, "batches": [torch.tensor([3])]}
 
 
@@ -59,6 +59,8 @@ def test_block(block: str) -> None:
     (printed,) = run_ranks(run, 1, block)
     if "report.to_dict()" in block:
         assert "'total_norm': " in printed
+    if "distclip.audit(" in block:
+        assert "No finding." in printed
 
 
 def test_every_block_was_found() -> None:
