@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from distclip import engine
+from distclip.audit.clips import WHEN, ClipCheck, When
 from distclip.gradients import found, version_of
 from distclip.in_backward import InBackward, check_settings
 from distclip.layout import learn
 from distclip.layout.declared import Group, as_rank_group, carry_over
 from distclip.layout.memory import Mark
 from distclip.layout.zero import is_engine
-from distclip.parameters import ModuleParameters
+from distclip.parameters import ModuleParameters, as_modules
 from distclip.plan import Plan, make_plan
 from distclip.reduction import StalePlan
 from distclip.report import ClipReport
@@ -49,10 +50,14 @@ class GradClipper:
             parameters nor its state. The last two wait for the norm if it is on an accelerator.
         pipeline_group: the ranks that hold the stages of a pipeline, this one among them: a ProcessGroup or a 1-D
             DeviceMesh. Every tensor counts apart on each of them, unless ``declare(..., replicated=)`` ties it.
+        check: when to compare the ranks' gradients with what distclip takes them for, over the groups that layouts and
+            arguments name (DDP's too), and warn (``AuditWarning``) on every rank where they differ: at the "first"
+            clip, "always", "never". It reads the gradients once more, and costs two or three small all-reduces (and
+            waits for the device). The same on every rank. ``distclip.audit`` finds more.
 
     Raises:
         TypeError: ``model`` or ``rule`` is of another type.
-        ValueError: ``rule`` is a negative number or NaN, ``nonfinite`` is unknown.
+        ValueError: ``rule`` is a negative number or NaN, ``nonfinite`` or ``check`` is unknown.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -69,17 +74,20 @@ class GradClipper:
         *,
         nonfinite: engine.NonFinite = "propagate",
         pipeline_group: Group | None = None,
+        check: When = "first",
     ) -> None:
         self.rule = _as_rule(rule)
         if nonfinite not in engine.NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(engine.NONFINITE)}, got {nonfinite!r}")
+        if check not in WHEN:
+            raise ValueError(f"check must be one of {', '.join(WHEN)}, got {check!r}")
         self.nonfinite: engine.NonFinite = nonfinite
         self.report: ClipReport | None = None
         """What the last ``clip()`` did."""
         self.steps = 0
         """Number of clips so far."""
         self._pipeline = as_rank_group("pipeline_group", pipeline_group)
-        self._params = ModuleParameters(_as_modules(model), may_be_empty=pipeline_group is not None)
+        self._params = ModuleParameters(as_modules(model), may_be_empty=pipeline_group is not None)
         self._plan: Plan | None = None
         self._settings = ""
         self._mark = Mark()
@@ -87,6 +95,7 @@ class GradClipper:
         self._in_backward: InBackward | None = None
         # What load_state_dict brought for it before it was there.
         self._resumed: dict[str, Any] = {}
+        self._check = ClipCheck(check)
         if is_engine(model):
             from distclip.integrations.deepspeed import EngineHooks
 
@@ -123,11 +132,11 @@ class GradClipper:
         self._warn_if_out_of_turn()
         params = self._params.tensors
         try:
-            self.report = engine.clip(plan, params, self.rule, self.nonfinite)
+            self.report = self._clip_by(plan, params)
         except StalePlan:
             # Another rank's parameters changed. It is making its plan anew, and waits for all.
             self._plan = None
-            self.report = engine.clip(self._current_plan(), params, self.rule, self.nonfinite)
+            self.report = self._clip_by(self._current_plan(), params)
         self.steps += 1
         for grad in self._witnesses():
             setattr(grad, _CLIPPED, (self._mark, version_of(grad)))
@@ -204,12 +213,19 @@ class GradClipper:
         else:
             self._resumed = carried
 
+    def _clip_by(self, plan: Plan, params: list[Tensor]) -> ClipReport:
+        with self._check.around(plan, params, self._pipeline):
+            return engine.clip(plan, params, self.rule, self.nonfinite)
+
     def _current_plan(self) -> Plan:
         settings = engine.settings_of(self.rule)
         how = engine.how_of(self.nonfinite)
         changed = self._params.changed
         if self._plan is not None and (
-            changed or self._settings != settings or not self._plan.holds_for(self._params.tensors)
+            changed
+            or self._settings != settings
+            or not self._plan.holds_for(self._params.tensors)
+            or self._check.outdated(self._plan, self._params.tensors)
         ):
             engine.tell(self._plan, self.rule, how, StalePlan)
             self._plan = None
@@ -225,7 +241,7 @@ class GradClipper:
             self._plan = make_plan(
                 list(self._params.named),
                 self._params.tensors,
-                settings=f"{self.rule.signature}, {settings}{how}",
+                settings=f"{self.rule.signature}, {settings}{how}, {self._check.signature}",
                 pipeline=self._pipeline,
                 linear=self.rule.bounds is None,
             )
@@ -236,11 +252,15 @@ class GradClipper:
         """For a framework that steps by itself: what is to be done with its gradients. Collective."""
         plan = self._current_plan()
         try:
-            return engine.judge(plan, found(plan, self._params.tensors), self.rule, self.nonfinite, grad_scale)
+            return self._judge_by(plan, grad_scale)
         except StalePlan:
             self._plan = None
-            plan = self._current_plan()
-            return engine.judge(plan, found(plan, self._params.tensors), self.rule, self.nonfinite, grad_scale)
+            return self._judge_by(self._current_plan(), grad_scale)
+
+    def _judge_by(self, plan: Plan, grad_scale: float) -> engine.Verdict:
+        params = self._params.tensors
+        with self._check.around(plan, params, self._pipeline):
+            return engine.judge(plan, found(plan, params), self.rule, self.nonfinite, grad_scale)
 
     @torch.no_grad()
     def _carry_out(self, verdict: engine.Verdict, params: set[int] | None, grad_scale: float) -> None:
@@ -279,11 +299,3 @@ def _as_rule(rule: object) -> Rule:
     if isinstance(rule, bool) or not isinstance(rule, Real):
         raise TypeError(f"rule must be a number (the largest global L2 norm) or a Rule, got {rule!r}")
     return ClipByGlobalNorm(float(rule))
-
-
-def _as_modules(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
-    modules = [model] if isinstance(model, nn.Module) else list(model)
-    for module in modules:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module or an iterable of them, got {type(module).__name__}")
-    return modules

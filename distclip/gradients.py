@@ -59,7 +59,7 @@ def found(
             grad = others[index]
         if grad is not None:
             local = _local(name, param, grad, layout)
-            for offset, part in _parts(local, layout.pieces):
+            for offset, part in parts_of(local, layout.pieces):
                 grads = result[part.device]
                 grads.pieces.append(part)
                 grads.places.append(place + offset)
@@ -119,7 +119,8 @@ def version_of(grad: Tensor) -> int:
     return -1 if local.is_inference() else int(local._version)
 
 
-def _parts(local: Tensor, pieces: tuple[Piece, ...]) -> Iterator[tuple[int, Tensor]]:
+def parts_of(local: Tensor, pieces: tuple[Piece, ...]) -> Iterator[tuple[int, Tensor]]:
+    """The place of each piece that this rank has something of, and its elements in the ``local`` gradient."""
     for offset, piece in enumerate(pieces):
         part = local if piece.span is None else local.view(-1).narrow(0, *piece.span)
         if part.numel():

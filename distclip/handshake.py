@@ -66,25 +66,35 @@ class Wire:
     """Gathering by sums over one-hot rows: for any backend, without pickles. Collective over ``group``."""
 
     ranks: tuple[int, ...]
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
+    """None where there is one rank only."""
 
     def gather(self, row: Tensor) -> Tensor:
-        """Everybody's ``row``, int64 and of one length on all ranks; shape ``(ranks, len(row))``."""
+        """Everybody's ``row``, of one length and dtype on all ranks; shape ``(ranks, len(row))``, on the CPU."""
+        if self.group is None:
+            return row.cpu().view(1, -1)
         device = comm_device(self.group, accelerated=False)
-        table = torch.zeros(len(self.ranks), row.numel(), dtype=torch.int64, device=device)
+        table = torch.zeros(len(self.ranks), row.numel(), dtype=row.dtype, device=device)
         table[self.ranks.index(dist.get_rank())] = row.to(device)
         dist.all_reduce(table, group=self.group)
         return table.cpu()
 
+    def texts(self, text: str) -> list[str]:
+        """Everybody's text, in the order of the ranks."""
+        encoded = text.encode()
+        lengths = self.gather(torch.tensor([len(encoded)])).flatten().tolist()
+        words = -(-max(lengths) // 8)
+        if not words:
+            return [""] * len(lengths)
+        padded = torch.frombuffer(bytearray(encoded.ljust(8 * words, b"\0")), dtype=torch.int64)
+        rows = self.gather(padded).view(torch.uint8).tolist()
+        return [bytes(row[:length]).decode() for length, row in zip(lengths, rows, strict=True)]
+
     def told(self, text: str) -> str:
         """A line for each distinct text of the ranks, with those that said it."""
-        encoded = torch.tensor(list(text.encode()), dtype=torch.int64)
-        lengths = self.gather(torch.tensor([len(encoded)])).flatten().tolist()
-        padded = torch.zeros(max(lengths), dtype=torch.int64)
-        padded[: len(encoded)] = encoded
         said: dict[str, list[int]] = {}
-        for rank, length, row in zip(self.ranks, lengths, self.gather(padded).tolist(), strict=True):
-            said.setdefault(bytes(row[:length]).decode() or "nothing of that", []).append(rank)
+        for rank, other in zip(self.ranks, self.texts(text), strict=True):
+            said.setdefault(other or "nothing of that", []).append(rank)
         return "".join(f"\n  on rank {', '.join(map(str, ranks))}: {text}" for text, ranks in said.items())
 
 
@@ -127,10 +137,10 @@ def _check(
     wire: Wire, entries: Sequence[Entry], identities: Tensor, holders: Tensor, index: Tensor, rows: Tensor
 ) -> None:
     """Raise where ranks mean different things by one identity. All ranks check the same numbers."""
-    wrong = _differing(len(holders), index, rows[:, 1]) | _differing(len(holders), index, rows[:, 2])
+    wrong = differing(len(holders), index, rows[:, 1]) | differing(len(holders), index, rows[:, 2])
     # A rank without a gradient says nothing of how it is placed.
     told = rows[:, 3] != 0
-    wrong |= _differing(len(holders), index[told], rows[told, 3])
+    wrong |= differing(len(holders), index[told], rows[told, 3])
     cut = torch.ones_like(holders).scatter_reduce(0, index, rows[:, 2], "amax")
     wrong |= holders % cut != 0
     if wrong.any():
@@ -143,7 +153,7 @@ def _check(
         )
 
 
-def _differing(count: int, index: Tensor, values: Tensor) -> Tensor:
+def differing(count: int, index: Tensor, values: Tensor) -> Tensor:
     """For each of ``count`` tensors, whether the values that ``index`` assigns to it are not all equal."""
     limits = torch.iinfo(torch.int64)
     low = torch.full((count,), limits.max).scatter_reduce(0, index, values, "amin")

@@ -92,6 +92,19 @@ def named_parameters(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
             yield from named_parameters(child, prefix if hidden else f"{prefix}{name}.")
 
 
+def as_modules(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    """A user's ``model`` as a list.
+
+    Raises:
+        TypeError: something in it is no module.
+    """
+    modules = [model] if isinstance(model, nn.Module) else list(model)
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or an iterable of them, got {type(module).__name__}")
+    return modules
+
+
 class ModuleParameters:
     """The parameters of some modules, which can tell cheaply whether they were replaced since.
 

@@ -101,7 +101,7 @@ def make_plan(
     agreement = _agreed(names, params, layouts, participants, pipeline)
     facts = agreement.facts
     layouts, settled = _as_placed(params, layouts, agreement, linear)
-    tensors = list(_tensors(names, params, layouts))
+    tensors = list(tensors_of(names, params, layouts))
     held = list(zip(tensors, agreement.holders, strict=True))
     shares = [tensor.layout.distinct / holders if facts.reduces else 1.0 for tensor, holders in held]
     return Plan(
@@ -141,17 +141,17 @@ def _part(layout: GradLayout, holders: int) -> float:
     return layout.partial_scale * math.prod(len(group.ranks) for group in layout.partial) / holders
 
 
-class _Tensor(NamedTuple):
+class Held(NamedTuple):
     name: str
     param: Tensor
     layout: GradLayout
     piece: Piece
 
 
-def _tensors(names: Sequence[str], params: Sequence[Tensor], layouts: Sequence[GradLayout]) -> Iterator[_Tensor]:
+def tensors_of(names: Sequence[str], params: Sequence[Tensor], layouts: Sequence[GradLayout]) -> Iterator[Held]:
     for name, param, layout in zip(names, params, layouts, strict=True):
         for piece in layout.pieces:
-            yield _Tensor(name if piece.name is None else _sibling(name, piece.name), param, layout, piece)
+            yield Held(name if piece.name is None else _sibling(name, piece.name), param, layout, piece)
 
 
 def _sibling(name: str, other: str) -> str:
@@ -168,8 +168,8 @@ def _agreed(
     pipeline: RankGroup | None,
 ) -> Agreement:
     entries = [
-        Entry(_identity(tensor, pipeline), _looks(tensor), tensor.layout.distinct, _placed(tensor.param))
-        for tensor in _tensors(names, params, layouts)
+        Entry(identity_of(tensor, pipeline), looks_of(tensor), tensor.layout.distinct, _placed(tensor.param))
+        for tensor in tensors_of(names, params, layouts)
     ]
     placed = {letter for entry in entries for letter in decoded(entry.placed) or ""}
     wide = {param.dtype in WIDE for param in params}
@@ -184,7 +184,7 @@ def _agreed(
     return agree(Wire(participants.ranks, participants.group), entries, facts)
 
 
-def _identity(tensor: _Tensor, pipeline: RankGroup | None) -> str:
+def identity_of(tensor: Held, pipeline: RankGroup | None) -> str:
     """A text that is the same on two ranks where they have pieces of the same tensor."""
     layout = tensor.layout
     if layout.tie is not None:
@@ -199,7 +199,7 @@ def _identity(tensor: _Tensor, pipeline: RankGroup | None) -> str:
     return ", ".join([tensor.name, *told])
 
 
-def _looks(tensor: _Tensor) -> str:
+def looks_of(tensor: Held) -> str:
     shape = "pieces declared joined" if tensor.layout.joined else f"shape {tuple(tensor.piece.shape)}"
     return f"{shape}, {tensor.param.dtype}"
 

@@ -87,6 +87,7 @@ def test_several_modules() -> None:
         ({"rule": "global_norm=1"}, TypeError, "rule must be a number"),
         ({"rule": True}, TypeError, "rule must be a number"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of propagate, raise, skip, got 'ignore'"),
+        ({"check": "sometimes"}, ValueError, "check must be one of first, always, never, got 'sometimes'"),
         ({"model": nn.Parameter(torch.ones(1))}, TypeError, r"model must be a torch\.nn\.Module"),
         ({"model": [1]}, TypeError, r"model must be a torch\.nn\.Module"),
     ],

@@ -382,6 +382,24 @@ def test_functions_and_clippers_that_never_saw_the_engine(case: Case) -> None:
 
 
 @ranks(2, timeout=120)
+@pytest.mark.parametrize("name", ["zero0-fp32", "zero1-bf16+fp32", "zero2-fp32", "zero3-fp32"])
+def test_the_audit_finds_the_gradients(name: str) -> None:
+    engine = make_engine(BY_NAME[name])
+    backward(engine, 0)
+    truth = oracle.norm(whole_grads(engine))
+    found = distclip.audit(engine)
+    assert found.ok, str(found)
+    assert found.total_norm == pytest.approx(truth, rel=1e-6)
+    rows = {row.name: row for row in found.rows}
+    assert rows.keys() == dict(engine.module.named_parameters()).keys()
+    stage = BY_NAME[name].stage
+    row = rows["first.weight"]
+    assert row.system == (f"ZeRO-{stage}" if stage else "DeepSpeed")
+    assert row.shape == (5, 7)
+    assert (row.sharded if stage in (2, 3) else row.replicated) == ((0, 1),)
+
+
+@ranks(2, timeout=120)
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_experts_count_once(stage: int) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"

@@ -41,7 +41,14 @@ def setting() -> dict[str, Any]:
     loss(model, torch.tensor([1, 2])).backward()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     groups = dict.fromkeys(("pp_group", "ep_group", "embedding_group"), dist.group.WORLD)
-    names: dict[str, Any] = {"distclip": distclip, "GradClipper": distclip.GradClipper, "loss": loss, "step": 0}
+    names: dict[str, Any] = {"distclip": distclip, "torch": torch, "GradClipper": distclip.GradClipper}
+    names |= {"loss": loss, "step": 0}
+        "distclip": distclip,
+        "torch": torch,
+        "GradClipper": distclip.GradClipper,
+        "loss": loss,
+        "step": 0,
+    }
     return names | groups | {"model": model, "stage": model, "optimizer": optimizer, "batches": [torch.tensor([3])]}
 
 
@@ -70,6 +77,8 @@ def test_block(block: str) -> None:
     (printed,) = run_ranks(run, 1, block)
     if "report.to_dict()" in block:
         assert "'total_norm': " in printed
+    if "distclip.audit(" in block:
+        assert "No finding." in printed
 
 
 def test_every_block_was_found() -> None:
