@@ -396,7 +396,7 @@ def test_the_audit_finds_the_gradients(name: str) -> None:
     row = rows["first.weight"]
     assert row.system == (f"ZeRO-{stage}" if stage else "DeepSpeed")
     assert row.shape == (5, 7)
-    assert (row.sharded if stage in (2, 3) else row.replicated) == ((0, 1),)
+    assert (row.sharded if stage in (2, 3) else (row.replicated,)) == ((0, 1),)
 
 
 @ranks(2, timeout=120)

@@ -43,12 +43,6 @@ def setting() -> dict[str, Any]:
     groups = dict.fromkeys(("pp_group", "ep_group", "embedding_group"), dist.group.WORLD)
     names: dict[str, Any] = {"distclip": distclip, "torch": torch, "GradClipper": distclip.GradClipper}
     names |= {"loss": loss, "step": 0}
-        "distclip": distclip,
-        "torch": torch,
-        "GradClipper": distclip.GradClipper,
-        "loss": loss,
-        "step": 0,
-    }
     return names | groups | {"model": model, "stage": model, "optimizer": optimizer, "batches": [torch.tensor([3])]}
 
 
