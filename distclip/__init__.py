@@ -1,6 +1,6 @@
 """Gradient clipping for distributed PyTorch: the right norm on every rank, whatever the parallelism."""
 
-from distclip import rules
+from distclip import amp, rules
 from distclip.audit import Audit, audit
 from distclip.clipper import GradClipper
 from distclip.declare import declare, undeclare
@@ -18,6 +18,7 @@ __all__ = [
     "ClipReport",
     "GradClipper",
     "Rule",
+    "amp",
     "audit",
     "clip_grad_norm_",
     "clip_grad_value_",

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from distclip import engine
+from distclip.attach import Attachment
 from distclip.audit.clips import WHEN, ClipCheck, When
 from distclip.gradients import found, version_of
 from distclip.in_backward import InBackward, check_settings
@@ -19,12 +21,14 @@ from distclip.layout import learn
 from distclip.layout.declared import Group, as_rank_group, carry_over
 from distclip.layout.memory import Mark
 from distclip.layout.zero import is_engine
+from distclip.optimizers import as_optimizers, check_fused
 from distclip.parameters import ModuleParameters, as_modules
 from distclip.plan import Plan, make_plan
 from distclip.reduction import StalePlan
 from distclip.report import ClipReport
 from distclip.rules.base import Rule
 from distclip.rules.norm import ClipByGlobalNorm
+from distclip.step import Stepping
 from distclip.warning import warn
 
 # Gradients compared to notice a second clip() of the same step.
@@ -44,6 +48,13 @@ class GradClipper:
     Args:
         model: the module that is trained, wrapped (DDP, FSDP) as it is trained; or a list of modules.
         rule: a number, the largest global L2 norm, or a rule such as ``ClipByNorm(0.1)``.
+        optimizer: the one that steps these parameters, or several. With a fused one (``fused=True``) the gradients are
+            not written: its step scales them, and leaves itself out where ``nonfinite="skip"`` says so, without a wait
+            for the device. (torch's fused kernels write the scaled gradients back to ``.grad``.) Steps with a closure,
+            rules with a coefficient for each tensor, and other optimizers are served in place.
+        scaler: a ``torch.amp.GradScaler``, FSDP1's ``ShardedGradScaler`` or a ``distclip.amp.GradScaler``. ``clip()``
+            unscales if nobody has, and tells it of an overflow on any rank, so that all ranks skip the step and shrink
+            the scale alike. Needs ``optimizer``.
         nonfinite: what to do where any gradient of any rank holds an inf or NaN. "propagate": clip on, as torch does,
             so that NaN and 0 reach the parameters; "raise": RuntimeError on every rank, no gradient changed; "skip":
             drop the gradients (``.grad = None``) on every rank, so that ``optimizer.step()`` changes neither
@@ -72,6 +83,8 @@ class GradClipper:
         model: nn.Module | Iterable[nn.Module],
         rule: float | Rule = 1.0,
         *,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         nonfinite: engine.NonFinite = "propagate",
         pipeline_group: Group | None = None,
         check: When = "first",
@@ -96,18 +109,45 @@ class GradClipper:
         # What load_state_dict brought for it before it was there.
         self._resumed: dict[str, Any] = {}
         self._check = ClipCheck(check)
+        self._stepping = Stepping(as_optimizers(optimizer), scaler)
+        check_fused(self._stepping.optimizers)
+        self._attachment: Attachment | None = None
         if is_engine(model):
             from distclip.integrations.deepspeed import EngineHooks
 
             self._hooks = EngineHooks(model, self)
 
-    def detach(self) -> None:
-        """Give a DeepSpeed engine its own clipping back."""
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
+    def attach(self, optimizer: Optimizer) -> GradClipper:
+        """From now on clip inside every ``optimizer.step()``, after its closure if it has one. Local.
 
-    @torch.no_grad()
+        A step of the optimizer, or of a GradScaler with it, needs no ``clip()`` before it any more; lr schedulers and
+        Accelerate's wrapped optimizers work as before. With a GradScaler only if it was given as ``scaler=``, or is a
+        ``distclip.amp.GradScaler``.
+
+        Returns:
+            The clipper itself.
+
+        Raises:
+            RuntimeError: the optimizer has a clipper attached already.
+            ValueError: fused SGD or Adagrad on DTensors, LBFGS; in ``step()``: a GradScaler that the clipper does not
+                know, which would step on some ranks only.
+        """
+        (inner,) = as_optimizers(optimizer)
+        if self._attachment is not None:
+            raise RuntimeError("this clipper is attached already: call detach() first")
+        check_fused([inner])
+        self._attachment = Attachment(self, inner, self._stepping.scaler)
+        if not self._stepping.optimizers:
+            self._stepping.optimizers = (inner,)
+        return self
+
+    def detach(self) -> None:
+        """Undo ``attach``; give a DeepSpeed engine its own clipping back. Nothing happens where there is neither."""
+        for held in (self._hooks, self._attachment):
+            if held is not None:
+                held.remove()
+        self._hooks = self._attachment = None
+
     def clip(self) -> ClipReport:
         """Clip this step's gradients in place. Collective, on all ranks that share the model.
 
@@ -128,15 +168,19 @@ class GradClipper:
                 "clip_in_backward() is active: gradients are clipped while backward() runs. Leave clip() out, or call "
                 "remove() on what clip_in_backward() returned."
             )
+        return self._clip_under(self._stepping.scaler)
+
+    @torch.no_grad()
+    def _clip_under(self, scaler: torch.amp.GradScaler | None) -> ClipReport:
+        """``clip()`` with this scaler."""
         plan = self._current_plan()
         self._warn_if_out_of_turn()
-        params = self._params.tensors
         try:
-            self.report = self._clip_by(plan, params)
+            self.report = self._clip_by(plan, scaler)
         except StalePlan:
             # Another rank's parameters changed. It is making its plan anew, and waits for all.
             self._plan = None
-            self.report = self._clip_by(self._current_plan(), params)
+            self.report = self._clip_by(self._current_plan(), scaler)
         self.steps += 1
         for grad in self._witnesses():
             setattr(grad, _CLIPPED, (self._mark, version_of(grad)))
@@ -163,7 +207,7 @@ class GradClipper:
 
         Works in one process and with DTensors (FSDP2, HSDP, ``replicate`` in its DTensor form, tensor parallel). Plain
         gradients are taken to be whole: whoever averages them by hand does so in ``param.register_hook``, which runs
-        before. Not with a GradScaler, which unscales later.
+        before. Not with a GradScaler, which unscales later (ValueError).
 
         Args:
             previous_norm: clip by the norm of the previous backward.
@@ -181,7 +225,7 @@ class GradClipper:
         """
         if self._in_backward is not None and self._in_backward.active:
             raise RuntimeError("clip_in_backward() is active already: call remove() on what it returned first")
-        check_settings(self.rule, self.nonfinite, previous_norm, self._pipeline)
+        check_settings(self.rule, self.nonfinite, previous_norm, self._pipeline, self._stepping.scaler is not None)
         plan = self._current_plan()
         self._in_backward = InBackward(self, plan, self._params, previous_norm)
         self._in_backward.load_state_dict(self._resumed)
@@ -213,9 +257,15 @@ class GradClipper:
         else:
             self._resumed = carried
 
-    def _clip_by(self, plan: Plan, params: list[Tensor]) -> ClipReport:
+    def _clip_by(self, plan: Plan, scaler: torch.amp.GradScaler | None) -> ClipReport:
+        params, step, skip = self._params.tensors, self._stepping, self.nonfinite == "skip"
+        grad_scale = step.grad_scale(params, scaler)
         with self._check.around(plan, params, self._pipeline):
-            return engine.clip(plan, params, self.rule, self.nonfinite)
+            grads = engine.own_gradients(plan, params, self.rule, self.nonfinite)
+            verdict = engine.judge(plan, grads, self.rule, self.nonfinite, grad_scale)
+        applied = step.apply(plan, params, grads, self.rule, verdict, scaler, grad_scale, skip)
+        report = replace(verdict.report, applied=applied)
+        return replace(report, skipped=report.nonfinite) if step.scales(scaler) else report
 
     def _current_plan(self) -> Plan:
         settings = engine.settings_of(self.rule)
@@ -248,7 +298,7 @@ class GradClipper:
         return self._plan
 
     @torch.no_grad()
-    def _judge(self, grad_scale: float) -> engine.Verdict:
+    def _judge(self, grad_scale: Tensor | None) -> engine.Verdict:
         """For a framework that steps by itself: what is to be done with its gradients. Collective."""
         plan = self._current_plan()
         try:
@@ -257,13 +307,13 @@ class GradClipper:
             self._plan = None
             return self._judge_by(self._current_plan(), grad_scale)
 
-    def _judge_by(self, plan: Plan, grad_scale: float) -> engine.Verdict:
+    def _judge_by(self, plan: Plan, grad_scale: Tensor | None) -> engine.Verdict:
         params = self._params.tensors
         with self._check.around(plan, params, self._pipeline):
             return engine.judge(plan, found(plan, params), self.rule, self.nonfinite, grad_scale)
 
     @torch.no_grad()
-    def _carry_out(self, verdict: engine.Verdict, params: set[int] | None, grad_scale: float) -> None:
+    def _carry_out(self, verdict: engine.Verdict, params: set[int] | None, grad_scale: Tensor | None) -> None:
         """Do it to the gradients of ``params`` (by id; None for all)."""
         assert self._plan is not None
         tensors = self._params.tensors
@@ -282,7 +332,14 @@ class GradClipper:
 
     def _warn_if_out_of_turn(self) -> None:
         grads = self._witnesses()
-        if grads and all(getattr(grad, _CLIPPED, None) == (self._mark, version_of(grad)) for grad in grads):
+        same = grads and all(getattr(grad, _CLIPPED, None) == (self._mark, version_of(grad)) for grad in grads)
+        if not same and self._stepping.unscaled_before():
+            raise RuntimeError(
+                "clip() ran in the middle of an accumulation: the gradients of the backward() since are multiplied by "
+                "the loss scale, those from before are not any more. Clip once, after the last backward(), and call "
+                "scaler.update() after scaler.step()."
+            )
+        if same:
             warn(
                 "clip() ran twice on the same gradients: call it once per step, after the last backward() and before "
                 "optimizer.step().",

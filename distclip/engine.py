@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -35,22 +35,17 @@ def how_of(nonfinite: NonFinite) -> str:
 def clip(
     plan: Plan, params: Sequence[Tensor], rule: Rule, nonfinite: NonFinite = "propagate", foreach: bool | None = None
 ) -> ClipReport:
-    """Clip the gradients of ``params`` by ``rule``. Collective: at most one all-reduce.
+    """Clip the gradients of ``params`` by ``rule`` in place. Collective: at most one all-reduce.
 
-    Host syncs: none, but for ``nonfinite`` other than "propagate" on an accelerator, which waits for the norm.
+    Host syncs: none, but for ``nonfinite="raise"`` on an accelerator, which waits for the norm.
 
     Raises:
         RuntimeError: the norm is not finite and ``nonfinite="raise"``; on every rank, with no gradient changed.
         Failure: another rank cannot clip.
     """
-    grads = _own_gradients(plan, params, rule, how_of(nonfinite))
+    grads = own_gradients(plan, params, rule, nonfinite)
     verdict = judge(plan, grads, rule, nonfinite)
-    if verdict.skip:
-        # Optimizers pass over parameters without gradient: no update, no decay, no step count.
-        for param in params:
-            param.grad = None
-    else:
-        carry_out(plan, grads, rule, verdict, foreach=foreach)
+    carry_out(plan, grads, rule, verdict, foreach=foreach)
     return verdict.report
 
 
@@ -62,8 +57,6 @@ class Verdict:
     """0-d, float64 (the report's may be float32)."""
     coefficient: Tensor | None
     """As a rule decided it (see ``Decision``)."""
-    skip: bool
-    """Whether the step is to be left out."""
     report: ClipReport
 
 
@@ -72,20 +65,24 @@ def judge(
     grads: dict[torch.device, LocalGrads],
     rule: Rule,
     nonfinite: NonFinite = "propagate",
-    grad_scale: float = 1.0,
+    grad_scale: Tensor | None = None,
 ) -> Verdict:
     """Measure the gradients and ask the rule. Changes nothing. Collective, and raises, as ``clip``.
 
     Args:
-        grad_scale: what the gradients were multiplied by (a loss scale); the verdict is on those without it.
+        grad_scale: what the gradients were multiplied by (a loss scale), 0-d; the verdict is on those without it.
     """
-    norms = measure(plan, grads, rule, how_of(nonfinite), grad_scale=grad_scale)
+    norms = measure(plan, grads, rule, how_of(nonfinite))
+    if grad_scale is not None:
+        norms = norms.divided_by(grad_scale.to(norms.total.device))
     found = ~norms.total.isfinite()
     if nonfinite == "raise":
         raise_if(found, rule.norm_type)
-    skip = nonfinite == "skip" and bool(found)
     decision = rule.decide(norms)
-    return Verdict(norms.total, decision.coefficient, skip, report_of(plan, rule, norms, decision, found, skip))
+    report = report_of(plan, rule, norms, decision, found)
+    if nonfinite == "skip":
+        report = replace(report, skipped=found)
+    return Verdict(norms.total, decision.coefficient, report)
 
 
 def carry_out(
@@ -93,25 +90,29 @@ def carry_out(
     grads: dict[torch.device, LocalGrads],
     rule: Rule,
     verdict: Verdict,
-    grad_scale: float = 1.0,
+    grad_scale: Tensor | None = None,
     foreach: bool | None = None,
 ) -> None:
     """Change gradients, all or some, as the verdict on all says, and take ``grad_scale`` off them. Local."""
     coefficient = None if rule.bounds is not None else _of_this_rank(plan, verdict.coefficient)
-    if grad_scale != 1.0:
-        coefficient = (1.0 if coefficient is None else coefficient) / torch.tensor(grad_scale, dtype=torch.float64)
+    if grad_scale is not None:
+        scale = grad_scale.to(verdict.total_norm.device).double()
+        coefficient = scale.reciprocal() if coefficient is None else coefficient / scale
     scale_(grads, coefficient, foreach)
-    if rule.bounds is not None and not _known_to_be_one(verdict.coefficient):
+    if rule.bounds is not None and not known_to_be_one(verdict.coefficient):
         clamp_(grads, rule.bounds, foreach)
 
 
-def _known_to_be_one(coefficient: Tensor | None) -> bool:
+def known_to_be_one(coefficient: Tensor | None) -> bool:
     """Whether nothing changes, where that can be seen without waiting for a device."""
-    return coefficient is None or (coefficient.device.type == "cpu" and coefficient.item() == 1.0)
+    return coefficient is None or (coefficient.device.type == "cpu" and bool((coefficient == 1.0).all()))
 
 
-def _own_gradients(plan: Plan, params: Sequence[Tensor], rule: Rule, how: str) -> dict[torch.device, LocalGrads]:
+def own_gradients(
+    plan: Plan, params: Sequence[Tensor], rule: Rule, nonfinite: NonFinite
+) -> dict[torch.device, LocalGrads]:
     """This rank's gradients; where they cannot be clipped, the others learn of it before this rank raises."""
+    how = how_of(nonfinite)
     try:
         if plan.settled:
             forewarn(plan, rule, how)
@@ -161,7 +162,7 @@ def returned(plan: Plan, norm: Tensor) -> Tensor:
     return norm if plan.float64 else norm.float()
 
 
-def report_of(plan: Plan, rule: Rule, norms: Norms, decision: Decision, found: Tensor, skipped: bool) -> ClipReport:
+def report_of(plan: Plan, rule: Rule, norms: Norms, decision: Decision, found: Tensor) -> ClipReport:
     """What a clip did that measured ``norms`` and applied ``decision``."""
     coefficient = torch.ones_like(norms.total)
     if decision.coefficient is not None and decision.coefficient.numel():
@@ -177,7 +178,7 @@ def report_of(plan: Plan, rule: Rule, norms: Norms, decision: Decision, found: T
         threshold=decision.threshold,
         clipped=coefficient < 1.0,
         nonfinite=found,
-        skipped=torch.full_like(found, skipped),
+        skipped=torch.zeros_like(found),
         clipped_norm=None if rule.bounds is not None else returned(plan, _after(norms, decision, rule.norm_type)),
         per_tensor=per_tensor,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distclip import engine
+from distclip.amp import refuse_scaled, tell
 from distclip.apply import clamp_, scale_
 from distclip.cache import plan_for
 from distclip.gradients import check_limits, local_grads
@@ -71,7 +72,10 @@ def clip_grad_norm_(
     modules, params = split(parameters, may_be_empty=pipeline_group is not None)
     plan = plan_for(modules, params, engine.settings_of(rule), as_rank_group("pipeline_group", pipeline_group))
     nonfinite: engine.NonFinite = "raise" if error_if_nonfinite else "propagate"
-    return engine.clip(plan, params, rule, nonfinite, foreach).total_norm
+    refuse_scaled(params)
+    report = engine.clip(plan, params, rule, nonfinite, foreach)
+    tell(params, report.nonfinite)
+    return report.total_norm
 
 
 @torch.no_grad()

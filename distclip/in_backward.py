@@ -180,15 +180,19 @@ class InBackward:
         finite = norms.total.isfinite()
         applied = self._carried if self._previous else decision
         if clipper is not None:
-            clipper.report = engine.report_of(self._plan, self._rule, norms, applied, ~finite, False)
+            clipper.report = engine.report_of(self._plan, self._rule, norms, applied, ~finite)
             clipper.steps += 1
         if self._previous:
             self._carried = _where(finite, decision, self._carried)
         self._backward = -1
 
 
-def check_settings(rule: Rule, nonfinite: engine.NonFinite, previous_norm: bool, pipeline: RankGroup | None) -> None:
+def check_settings(
+    rule: Rule, nonfinite: engine.NonFinite, previous_norm: bool, pipeline: RankGroup | None, scaled: bool
+) -> None:
     """Raise ValueError where a clip with these settings cannot be done before all gradients exist."""
+    if scaled:
+        raise ValueError("clip_in_backward() cannot serve a scaler: gradients are unscaled after backward(), not in it")
     if nonfinite != "propagate":
         raise ValueError(
             f"clip_in_backward() cannot honour nonfinite={nonfinite!r}: when a gradient turns out to be non-finite, "

@@ -44,14 +44,12 @@ def measure(
     rule: Rule,
     how: str = "",
     trouble: type[Exception] | None = None,
-    grad_scale: float = 1.0,
 ) -> Norms:
     """The norms that ``rule`` asks for, the same bits on every participant. Collective: one all-reduce at most.
 
     Args:
         how: what else must be the same on all ranks in this clip.
         trouble: StalePlan or Failure, where this rank takes part only to tell the others of it.
-        grad_scale: what the gradients were multiplied by (a loss scale), so that the norms are those without it.
 
     Returns:
         Norms on the device of the first gradient (of the first parameter where this rank has none).
@@ -63,8 +61,7 @@ def measure(
     """
     device = next(iter(grads), plan.device)
     wire = device if plan.wire is None else plan.wire
-    norms = combined(plan, local_sums(plan, grads, rule, wire), rule, device, how, trouble)
-    return norms if grad_scale == 1.0 else norms.divided_by(grad_scale)
+    return combined(plan, local_sums(plan, grads, rule, wire), rule, device, how, trouble)
 
 
 class LocalSums(NamedTuple):

@@ -29,6 +29,9 @@ class ClipReport:
     clipped_norm: Tensor | None = None
     """Global norm after clipping, as ``total_norm``; None where elements were limited, after which only another read of
     the gradients could tell (``distclip.grad_norm``)."""
+    applied: str = "in place"
+    """What was done with the gradients: "in place", they were written; "folded", the optimizer's fused step scales
+    them; "skipped", the step is left out; "nothing", where there was nothing to do and that could be seen for free."""
     per_tensor: dict[str, Tensor] | None = None
     """Norm of each tensor before clipping, by name; float64. Only where the rule needs them."""
 
@@ -41,6 +44,7 @@ class ClipReport:
         values = torch.stack([tensor.double() for tensor in tensors]).tolist()
         result: dict[str, Any] = dict(zip(fields, values, strict=False))
         result |= {name: bool(result[name]) for name in flags}
+        result["applied"] = self.applied
         if self.per_tensor is not None:
             result["per_tensor"] = dict(zip(self.per_tensor, values[len(fields) :], strict=True))
         return result

@@ -247,7 +247,7 @@ def test_collectives_of_one_step(case: Case) -> None:
     clipper = GradClipper(engine, 0.5)
     original, counted = clipper._judge, []
 
-    def judge(grad_scale: float) -> Any:
+    def judge(grad_scale: Tensor | None) -> Any:
         with recorded_collectives() as names:
             verdict = original(grad_scale)
         counted.append(list(names))

@@ -84,7 +84,7 @@ class EngineHooks:
         self._engine = engine
         self._clipper = clipper
         self._verdict: Verdict | None = None
-        self._grad_scale = 1.0
+        self._grad_scale: Tensor | None = None
         # Whether the optimizer, which knows the scale, ran this step's backward. ZeRO is always asked for it.
         self._backward_scales = False
         self._restore: list[Callable[[], None]] = []
@@ -150,7 +150,8 @@ class EngineHooks:
         self._take_step(lr_kwargs)
         verdict = self._judged()
         self._backward_scales = False
-        skipped = verdict.skip or bool(getattr(optimizer, "overflow", False)) or self._scaler_skipped(verdict)
+        overflow = bool(getattr(optimizer, "overflow", False))
+        skipped = bool(verdict.report.skipped) or overflow or self._scaler_skipped(verdict)
         self._clipper._stepped(verdict, skipped)
         self._verdict = None
         # DeepSpeed has None at stage 0 with float32, the norm times the loss scale with float16 there.
@@ -161,7 +162,8 @@ class EngineHooks:
         if self._verdict is None:
             optimizer = self._engine.optimizer
             scales = self._backward_scales or hasattr(optimizer, "averaged_gradients")
-            self._grad_scale = float(optimizer.loss_scale) if scales else 1.0
+            scale = float(optimizer.loss_scale) if scales else 1.0
+            self._grad_scale = None if scale == 1.0 else torch.tensor(scale, dtype=torch.float64)
             self._verdict = self._clipper._judge(self._grad_scale)
         return self._verdict
 
@@ -171,7 +173,7 @@ class EngineHooks:
 
     def _overflows(self) -> bool:
         verdict = self._judged()
-        return verdict.skip or bool(verdict.report.nonfinite)
+        return bool(verdict.report.nonfinite)
 
     def _check_overflow(self, partition_gradients: bool = True) -> None:
         self._engine.optimizer.overflow = self._overflows()
@@ -179,10 +181,12 @@ class EngineHooks:
     def _scaled_norm(self, norm_type: float = 2) -> Tensor:
         """What the optimizer takes for the norm of the scaled gradients; an inf where it is to skip the step."""
         verdict = self._judged()
-        if verdict.skip:
+        if verdict.report.skipped:
             # ZeRO 1 and 2 with bf16 go on in spite of an inf.
             self._engine.optimizer.overflow = True
-        norm = verdict.total_norm * self._grad_scale
+        norm = verdict.total_norm
+        if self._grad_scale is not None:
+            norm = norm * self._grad_scale.to(norm.device)
         return torch.full_like(norm, torch.inf) if self._overflows() else norm
 
     def _clip_partition(self, grads: list[Tensor], total_norm: Tensor | None) -> None:
@@ -202,7 +206,7 @@ class EngineHooks:
         scaler = self._engine.torch_autocast_z0_gradscaler
         if scaler is not None:
             scaler.unscale_(optimizer)
-        if self._judged().skip:
+        if self._judged().report.skipped:
             self._engine.zero_grad()
         else:
             self._carry_out()

@@ -19,7 +19,7 @@ class Norms:
     extremes: Tensor | None = None
     """The largest of -g and of g over all elements, shape ``(2,)``, where the rule limits elements."""
 
-    def divided_by(self, scale: float | Tensor) -> Norms:
+    def divided_by(self, scale: Tensor) -> Norms:
         """The norms of gradients that are ``scale`` times smaller."""
         parts = (self.total, self.per_tensor, self.extremes)
         return Norms(*(part if part is None else part / scale for part in parts))  # type: ignore[arg-type]

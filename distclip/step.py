@@ -1,0 +1,100 @@
+"""How a verdict reaches the optimizers: written to the gradients, folded into a fused step, or the step left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from distclip import amp, engine
+from distclip.gradients import LocalGrads
+from distclip.gradients import found as found_grads
+from distclip.optimizers import Fold, can_fold, check_covered, fits_grad_scale
+from distclip.plan import Plan
+from distclip.rules.base import Rule
+
+
+class Stepping:
+    """The optimizers, and perhaps the scaler, of one clipper."""
+
+    def __init__(self, optimizers: tuple[Optimizer, ...], scaler: torch.amp.GradScaler | None) -> None:
+        self.optimizers = optimizers
+        self.scaler = scaler
+        self._fold: Fold | None = None
+
+    def grad_scale(self, params: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> Tensor | None:
+        """What the gradients are still multiplied by, 0-d; None where they are not.
+
+        Raises:
+            ValueError: a scaler without optimizers; optimizers of other parameters.
+            RuntimeError: see ``amp.scale_of``.
+        """
+        if scaler is None or not scaler.is_enabled():
+            return None
+        if not self.optimizers:
+            raise ValueError("scaler= needs optimizer=: GradClipper(model, rule, optimizer=optimizer, scaler=scaler)")
+        check_covered(self.optimizers, params)
+        return amp.scale_of(scaler, self.optimizers)
+
+    def scales(self, scaler: torch.amp.GradScaler | None) -> bool:
+        """Whether the scaler decides on the step."""
+        return scaler is not None and scaler.is_enabled()
+
+    def unscaled_before(self) -> bool:
+        """Whether a clip has unscaled these gradients already since the scaler's last ``update()``."""
+        scaler = self.scaler
+        return scaler is not None and scaler.is_enabled() and amp.unscaled_by_clip(scaler, self.optimizers)
+
+    def apply(
+        self,
+        plan: Plan,
+        params: Sequence[Tensor],
+        grads: dict[torch.device, LocalGrads],
+        rule: Rule,
+        verdict: engine.Verdict,
+        scaler: torch.amp.GradScaler | None,
+        grad_scale: Tensor | None,
+        skip: bool,
+    ) -> str:
+        """Do what the verdict says; returns how. Local. Waits for the device only to ``skip`` without a fused step."""
+        if self._fold is not None:
+            self._fold.drop()
+            self._fold = None
+        found = verdict.report.nonfinite
+        scaled = self.scales(scaler)
+        if scaler is not None and scaled:
+            amp.record(scaler, self.optimizers, found, by_clip=True)
+        on_host = found.device.type == "cpu"
+        if on_host and scaled and found:
+            return "skipped"  # by the scaler
+        if on_host and grad_scale is None and engine.known_to_be_one(verdict.coefficient) and not found:
+            return "nothing"
+        divisor = _divisor(verdict.coefficient, found, grad_scale) if rule.bounds is None else None
+        if divisor is not None and can_fold(self.optimizers, params):
+            self._fold = Fold(
+                self.optimizers,
+                divisor,
+                found if skip and not scaled else None,
+                # Not these gradients: holding them would keep them alive after zero_grad().
+                instead=lambda: engine.carry_out(plan, found_grads(plan, params), rule, verdict, grad_scale),
+            )
+            return "folded"
+        if skip and not scaled and found:
+            # Optimizers pass over parameters without gradient: no update, no decay, no step count.
+            for param in params:
+                param.grad = None
+            return "skipped"
+        engine.carry_out(plan, grads, rule, verdict, grad_scale)
+        return "in place"
+
+
+def _divisor(coefficient: Tensor | None, found: Tensor, grad_scale: Tensor | None) -> Tensor | None:
+    """What a fused step is to divide gradients by; None where one float32 number cannot say it."""
+    scale = torch.ones_like(found, dtype=torch.float64) if grad_scale is None else grad_scale.to(found.device).double()
+    if coefficient is None:
+        return scale
+    if coefficient.ndim or not fits_grad_scale(coefficient):
+        return None
+    return scale / coefficient
