@@ -42,7 +42,7 @@ def setting() -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     groups = dict.fromkeys(("pp_group", "ep_group", "embedding_group"), dist.group.WORLD)
     names: dict[str, Any] = {"distclip": distclip, "torch": torch, "GradClipper": distclip.GradClipper}
-    names |= {"loss": loss, "step": 0}
+    names |= {"loss": loss, "step": 0, "device": "cpu"}
     return names | groups | {"model": model, "stage": model, "optimizer": optimizer, "batches": [torch.tensor([3])]}
 
 
