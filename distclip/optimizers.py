@@ -108,6 +108,8 @@ class Fold:
         self._found_inf = None if found_inf is None else found_inf.to(torch.float32)
         self._instead = instead
         self._token = object()
+        self.waits = True
+        """Whether no step has come yet."""
         self._hooks = {}
         for optimizer in optimizers:
             self._hooks[optimizer] = optimizer.register_step_pre_hook(self._before)
@@ -120,6 +122,7 @@ class Fold:
             hook.remove()
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.waits = False
         self._hooks[optimizer].remove()
         # A GradScaler has set both attributes by now, and deletes them itself.
         scaled = hasattr(optimizer, "found_inf")

@@ -23,6 +23,7 @@ class Stepping:
         self.optimizers = optimizers
         self.scaler = scaler
         self._fold: Fold | None = None
+        self._folded_scale: Tensor | None = None
 
     def grad_scale(self, params: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> Tensor | None:
         """What the gradients are still multiplied by, 0-d; None where they are not.
@@ -36,7 +37,11 @@ class Stepping:
         if not self.optimizers:
             raise ValueError("scaler= needs optimizer=: GradClipper(model, rule, optimizer=optimizer, scaler=scaler)")
         check_covered(self.optimizers, params)
-        return amp.scale_of(scaler, self.optimizers)
+        scale = amp.scale_of(scaler, self.optimizers)
+        if scale is None and self._fold is not None and self._fold.waits:
+            # The clip that told the scaler so has left it to a step which is still to come.
+            return self._folded_scale
+        return scale
 
     def scales(self, scaler: torch.amp.GradScaler | None) -> bool:
         """Whether the scaler decides on the step."""
@@ -80,6 +85,7 @@ class Stepping:
                 # Not these gradients: holding them would keep them alive after zero_grad().
                 instead=lambda: engine.carry_out(plan, found_grads(plan, params), rule, verdict, grad_scale),
             )
+            self._folded_scale = grad_scale
             return "folded"
         if skip and not scaled and found:
             # Optimizers pass over parameters without gradient: no update, no decay, no step count.

@@ -133,6 +133,24 @@ def test_gradients_must_not_change_between_a_fold_and_its_step() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipping_twice_folds_once(scaled: bool) -> None:
+    ours, theirs = make_model(), make_model()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=1.0, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled)
+    clipper = GradClipper(ours, 0.5, optimizer=optimizer, scaler=scaler)
+    scaler.scale(loss_of(ours, 0)).backward()
+    first = clipper.clip()
+    with pytest.warns(UserWarning, match="ran twice"):
+        second = clipper.clip()
+    assert first.to_dict() == second.to_dict()
+    scaler.step(optimizer)
+    loss_of(theirs, 0).backward()
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+    torch.optim.SGD(theirs.parameters(), lr=1.0).step()
+    same(ours, theirs)
+
+
 def test_folding_keeps_no_gradient_alive() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
