@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distclip.kernels import multi_scale
 from distclip.kernels.common import by_dtype, real
 
 _NATIVE_SCALARS = frozenset({torch.float32, torch.float64})
@@ -34,6 +35,9 @@ def scale_(tensors: list[Tensor], coefficients: Tensor, foreach: bool) -> None:
     one_for_all = coefficients.ndim == 0
     for dtype, places in by_dtype(tensors):
         group = [tensors[place] for place in places]
+        if foreach and multi_scale.can_scale(group):
+            multi_scale.scale_(group, coefficients if one_for_all else coefficients[places])
+            continue
         if foreach and dtype in _NATIVE_SCALARS:
             factors = coefficients.to(dtype)
             torch._foreach_mul_(group, factors if one_for_all else list(factors[places].unbind()))
