@@ -260,7 +260,8 @@ class GradClipper:
     def _judge_by(self, plan: Plan, grad_scale: float) -> engine.Verdict:
         params = self._params.tensors
         with self._check.around(plan, params, self._pipeline):
-            return engine.judge(plan, found(plan, params), self.rule, self.nonfinite, grad_scale)
+            grads = engine.own_gradients(plan, params, self.rule, engine.how_of(self.nonfinite), find=found)
+            return engine.judge(plan, grads, self.rule, self.nonfinite, grad_scale)
 
     @torch.no_grad()
     def _carry_out(self, verdict: engine.Verdict, params: set[int] | None, grad_scale: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -43,7 +43,7 @@ def clip(
         RuntimeError: the norm is not finite and ``nonfinite="raise"``; on every rank, with no gradient changed.
         Failure: another rank cannot clip.
     """
-    grads = _own_gradients(plan, params, rule, how_of(nonfinite))
+    grads = own_gradients(plan, params, rule, how_of(nonfinite))
     verdict = judge(plan, grads, rule, nonfinite)
     if verdict.skip:
         # Optimizers pass over parameters without gradient: no update, no decay, no step count.
@@ -110,12 +110,18 @@ def _known_to_be_one(coefficient: Tensor | None) -> bool:
     return coefficient is None or (coefficient.device.type == "cpu" and coefficient.item() == 1.0)
 
 
-def _own_gradients(plan: Plan, params: Sequence[Tensor], rule: Rule, how: str) -> dict[torch.device, LocalGrads]:
+def own_gradients(
+    plan: Plan,
+    params: Sequence[Tensor],
+    rule: Rule,
+    how: str,
+    find: Callable[[Plan, Sequence[Tensor]], dict[torch.device, LocalGrads]] = local_grads,
+) -> dict[torch.device, LocalGrads]:
     """This rank's gradients; where they cannot be clipped, the others learn of it before this rank raises."""
     try:
         if plan.settled:
             forewarn(plan, rule, how)
-        grads = local_grads(plan, params)
+        grads = find(plan, params)
         if rule.bounds is not None:
             check_limits(plan, grads, rule.bounds)
     except (StalePlan, Failure):

@@ -50,6 +50,11 @@ NEEDED: dict[str, tuple[str, ...]] = {
         *_ZERO,
         "bit16_groups",
         "compute_grad_norm",
+        "get_param_id",
+        "grad_partition_insertion_offset",
+        "grad_start_offset",
+        "partition_size",
+        "real_dp_process_group",
         "scaled_global_norm",
         "single_partition_of_fp32_groups",
     ),
@@ -92,13 +97,11 @@ class EngineHooks:
         for home in homes(engine.optimizer):
             self._groups[home.group].add(id(home.param))
         self._install()
-        engine._distclip_hooks = self
 
     def remove(self) -> None:
         """Give the engine its own clipping back."""
         for restore in reversed(self._restore):
             restore()
-        self._engine._distclip_hooks = None
 
     def _install(self) -> None:
         engine, optimizer = self._engine, self._engine.optimizer
@@ -110,6 +113,7 @@ class EngineHooks:
                 "GradClipper holds instead. Remove it there to be rid of this warning."
             )
         self._take_step = engine._take_model_step
+        self._set(engine, "_distclip_hooks", self)
         self._set(engine, "gradient_clipping", lambda: 0.0)
         self._set(engine, "_take_model_step", self._step)
         kind = type(optimizer).__name__
@@ -128,6 +132,9 @@ class EngineHooks:
         elif kind == "BF16_Optimizer":
             self._set(optimizer, "clip_grad", 0.0)
             self._set(optimizer, "get_grads_for_norm", self._clip_accumulated)
+        else:
+            # Where the engine looks for whether to count a skipped step, and to let the schedule of the rate wait.
+            self._set(optimizer, "overflow", False)
 
     def _set(self, owner: Any, name: str, value: object) -> None:
         own = vars(owner)
@@ -202,6 +209,7 @@ class EngineHooks:
         scaler = self._engine.torch_autocast_z0_gradscaler
         if scaler is not None:
             scaler.unscale_(optimizer)
+        optimizer.overflow = self._judged().skip  # type: ignore[attr-defined]
         if self._judged().skip:
             self._engine.zero_grad()
         else:

@@ -7,7 +7,9 @@ scale, and lie
 - stages 1 and 2: in the optimizer's list of tensors that make up this rank's partition of a parameter group, then (with
   an offloaded optimizer: from the start) in the flat float32 partition;
 - stage 1 with bf16 parameters and float32 accumulation: whole on every rank, in a float32 buffer;
-- stage 3: as for 2, but each parameter is cut by itself, and groups are cut further into sub-groups.
+- stage 3: as for 2, but each parameter is cut by itself, and groups are cut further into sub-groups. A parameter that a
+  step does not use keeps there, in DeepSpeed 0.19.8, its gradient of the step before: the optimizer steps with it
+  again, so it counts in the norm.
 
 Which ranks have which part only the engine can tell. A module that distclip has seen once teaches it.
 """
@@ -18,6 +20,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -88,23 +91,34 @@ def homes(optimizer: Any) -> Iterator[Home]:
 
 def _in_partition(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
     """Stages 1 and 2: a partition is a list of tensors laid end to end; later a flat float32 one."""
+    # Not by _hp_mapping: with round_robin_gradients DeepSpeed lays partitions in another order than it says there, and
+    # it counts tensors without elements that the list may leave out.
     for group, params in enumerate(optimizer.bit16_groups):
+        rank = dist.get_rank(optimizer.real_dp_process_group[group])
+        starts = optimizer.grad_partition_insertion_offset[group][rank]
+        skipped = optimizer.grad_start_offset[group][rank]
+        places: dict[int, int] = {}
         for param in params:
-            mapping = param._hp_mapping  # None where no element lies in this rank's partition
             local: Local = _nothing
-            if mapping is not None:
-                address = mapping.hp_fragment_address
-                local = partial(_part_1_2, ref, group, param._index_in_param_group, address.start, address.numel)
+            key = optimizer.get_param_id(param)
+            if key in starts and param.numel():
+                start = int(starts[key])
+                numel = int(min(param.numel() - skipped[key], optimizer.partition_size[group] - start))
+                local = partial(_part_1_2, ref, group, places, start, numel)
             yield Home(param, group, partitioned=True, local=local)
 
 
-def _part_1_2(ref: weakref.ref[Any], group: int, index: int, start: int, numel: int) -> Tensor | None:
+def _part_1_2(ref: weakref.ref[Any], group: int, places: dict[int, int], start: int, numel: int) -> Tensor | None:
+    """``places``, filled here, are those in the list by where tensors start in the partition; the same in each step."""
     optimizer = ref()
     if optimizer is None:
         return None
     parts: list[Tensor] | None = optimizer.averaged_gradients.get(group)
     if parts is not None:
-        return parts[index]
+        if not places:
+            ends = accumulate((part.numel() for part in parts), initial=0)
+            places |= {at: place for place, (at, part) in enumerate(zip(ends, parts, strict=False)) if part.numel()}
+        return parts[places[start]]
     flat: Tensor | None = optimizer.single_partition_of_fp32_groups[group].grad
     return None if flat is None else flat.narrow(0, start, numel)
 
