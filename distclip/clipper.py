@@ -45,9 +45,10 @@ class GradClipper:
         model: the module that is trained, wrapped (DDP, FSDP) as it is trained; or a list of modules.
         rule: a number, the largest global L2 norm, or a rule such as ``ClipByNorm(0.1)``.
         nonfinite: what to do where any gradient of any rank holds an inf or NaN. "propagate": clip on, as torch does,
-            so that NaN and 0 reach the parameters; "raise": RuntimeError on every rank, no gradient changed; "skip":
-            drop the gradients (``.grad = None``) on every rank, so that ``optimizer.step()`` changes neither
-            parameters nor its state. The last two wait for the norm if it is on an accelerator.
+            so that NaN and 0 reach the parameters; "raise": RuntimeError on every rank, no gradient changed (not with
+            a dynamic loss scale, which overflows now and then as a matter of course); "skip": drop the gradients
+            (``.grad = None``) on every rank, so that ``optimizer.step()`` changes neither parameters nor its state. The
+            last two wait for the norm if it is on an accelerator.
         pipeline_group: the ranks that hold the stages of a pipeline, this one among them: a ProcessGroup or a 1-D
             DeviceMesh. Every tensor counts apart on each of them, unless ``declare(..., replicated=)`` ties it.
         check: when to compare the ranks' gradients with what distclip takes them for, over the groups that layouts and

@@ -242,7 +242,7 @@ def test_on_four_ranks(case: Case) -> None:
 
 
 @ranks(2, timeout=120)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", list({case.optimizer: case for case in CASES}.values()), ids=str)
 def test_collectives_of_one_step(case: Case) -> None:
     """Of ours: DeepSpeed has others in its step."""
     engine = make_engine(case)
@@ -344,7 +344,9 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(case: Case) -> None:
 
 
 @ranks(2, timeout=120)
-@pytest.mark.parametrize("case", [case for case in CASES if case.dtype != "fp16" and not case.zero], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.dtype != "fp16" and not case.zero and not case.offload], ids=str
+)
 def test_nonfinite_skip_and_raise(case: Case) -> None:
     engine = make_engine(case)
     for nonfinite in ("skip", "raise"):

@@ -42,7 +42,16 @@ if TYPE_CHECKING:
 TESTED = "0.19.8"
 """The version of DeepSpeed that the tests run with."""
 
-_ENGINE = ("_take_model_step", "gradient_clipping", "is_gradient_accumulation_boundary", "seq_data_parallel_group")
+_ENGINE = (
+    "_config",
+    "_take_model_step",
+    "autotp_size",
+    "gradient_clipping",
+    "is_gradient_accumulation_boundary",
+    "mp_world_size",
+    "seq_data_parallel_group",
+    "torch_autocast_z0_gradscaler",
+)
 _ZERO = ("averaged_gradients", "check_overflow", "loss_scale", "overflow", "unscale_and_clip_grads")
 _COPIES = ("fp16_groups", "loss_scale", "overflow", "unscale_and_clip_grads")
 NEEDED: dict[str, tuple[str, ...]] = {
@@ -84,8 +93,8 @@ class EngineHooks:
     def __init__(self, engine: Any, clipper: GradClipper) -> None:
         if getattr(engine, "_distclip_hooks", None) is not None:
             raise RuntimeError("this DeepSpeed engine has a GradClipper already: call its detach() first")
-        _check_known(engine)
         _check_internals(engine)
+        _check_known(engine)
         self._engine = engine
         self._clipper = clipper
         self._verdict: Verdict | None = None

@@ -104,15 +104,12 @@ def _in_partition(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
             if key in starts and param.numel():
                 start = int(starts[key])
                 numel = int(min(param.numel() - skipped[key], optimizer.partition_size[group] - start))
-                local = partial(_part_1_2, ref, group, places, start, numel)
+                local = partial(_while_alive, ref, _part_1_2, group, places, start, numel)
             yield Home(param, group, partitioned=True, local=local)
 
 
-def _part_1_2(ref: weakref.ref[Any], group: int, places: dict[int, int], start: int, numel: int) -> Tensor | None:
+def _part_1_2(optimizer: Any, group: int, places: dict[int, int], start: int, numel: int) -> Tensor | None:
     """``places``, filled here, are those in the list by where tensors start in the partition; the same in each step."""
-    optimizer = ref()
-    if optimizer is None:
-        return None
     parts: list[Tensor] | None = optimizer.averaged_gradients.get(group)
     if parts is not None:
         if not places:
@@ -131,14 +128,13 @@ def _in_own_partition(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
             size = param.partition_numel()
             before = size * dist.get_rank(param.ds_process_group)
             numel = max(0, min(size, param.ds_numel - before))
-            yield Home(param, group, partitioned=True, local=partial(_part_3, ref, group, index, start, numel))
+            yield Home(
+                param, group, partitioned=True, local=partial(_while_alive, ref, _part_3, group, index, start, numel)
+            )
             start += size
 
 
-def _part_3(ref: weakref.ref[Any], group: int, index: int, start: int, numel: int) -> Tensor | None:
-    optimizer = ref()
-    if optimizer is None:
-        return None
+def _part_3(optimizer: Any, group: int, index: int, start: int, numel: int) -> Tensor | None:
     parts: list[Tensor] | None = optimizer.averaged_gradients.get(group)
     if parts is not None:
         return parts[index].view(-1).narrow(0, 0, numel)
@@ -150,12 +146,11 @@ def _in_accumulator(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
     """bf16 parameters with float32 accumulation: whole gradients in a buffer beside the parameters."""
     for group, params in enumerate(optimizer.bf16_groups):
         for index, param in enumerate(params):
-            yield Home(param, group, partitioned=False, local=partial(_accumulated, ref, group, index))
+            yield Home(param, group, partitioned=False, local=partial(_while_alive, ref, _accumulated, group, index))
 
 
-def _accumulated(ref: weakref.ref[Any], group: int, index: int) -> Tensor | None:
-    optimizer = ref()
-    if optimizer is None or not optimizer.fp32_groups_has_gradients[group][index]:
+def _accumulated(optimizer: Any, group: int, index: int) -> Tensor | None:
+    if not optimizer.fp32_groups_has_gradients[group][index]:
         return None
     grad: Tensor = optimizer.fp32_groups_gradients[group][index]
     return grad
@@ -166,14 +161,11 @@ def _in_copies(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
     for group, params in enumerate(optimizer.fp16_groups):
         start = 0
         for index, param in enumerate(params):
-            yield Home(param, group, False, partial(_copied, ref, group, index, start, param.numel()))
+            yield Home(param, group, False, partial(_while_alive, ref, _copied, group, index, start, param.numel()))
             start += param.numel()
 
 
-def _copied(ref: weakref.ref[Any], group: int, index: int, start: int, numel: int) -> Tensor | None:
-    optimizer = ref()
-    if optimizer is None:
-        return None
+def _copied(optimizer: Any, group: int, index: int, start: int, numel: int) -> Tensor | None:
     copy: Tensor | None
     if hasattr(optimizer, "fp32_groups_flat"):
         flat = optimizer.fp32_groups_flat[group].grad
@@ -183,6 +175,12 @@ def _copied(ref: weakref.ref[Any], group: int, index: int, start: int, numel: in
     if copy is None:
         copy = optimizer.fp16_groups[group][index].grad
     return copy
+
+
+def _while_alive(ref: weakref.ref[Any], find: Callable[..., Tensor | None], *place: Any) -> Tensor | None:
+    """What ``find(optimizer, *place)`` finds; layouts outlive optimizers."""
+    optimizer = ref()
+    return None if optimizer is None else find(optimizer, *place)
 
 
 def _nothing() -> None:
