@@ -56,9 +56,10 @@ class GradClipper:
             unscales if nobody has, and tells it of an overflow on any rank, so that all ranks skip the step and shrink
             the scale alike. Needs ``optimizer``.
         nonfinite: what to do where any gradient of any rank holds an inf or NaN. "propagate": clip on, as torch does,
-            so that NaN and 0 reach the parameters; "raise": RuntimeError on every rank, no gradient changed; "skip":
-            drop the gradients (``.grad = None``) on every rank, so that ``optimizer.step()`` changes neither
-            parameters nor its state. The last two wait for the norm if it is on an accelerator.
+            so that NaN and 0 reach the parameters; "raise": RuntimeError on every rank, no gradient changed (not with
+            a dynamic loss scale, which overflows now and then as a matter of course); "skip": drop the gradients
+            (``.grad = None``) on every rank, so that ``optimizer.step()`` changes neither parameters nor its state. The
+            last two wait for the norm if it is on an accelerator.
         pipeline_group: the ranks that hold the stages of a pipeline, this one among them: a ProcessGroup or a 1-D
             DeviceMesh. Every tensor counts apart on each of them, unless ``declare(..., replicated=)`` ties it.
         check: when to compare the ranks' gradients with what distclip takes them for, over the groups that layouts and
@@ -310,7 +311,8 @@ class GradClipper:
     def _judge_by(self, plan: Plan, grad_scale: Tensor | None) -> engine.Verdict:
         params = self._params.tensors
         with self._check.around(plan, params, self._pipeline):
-            return engine.judge(plan, found(plan, params), self.rule, self.nonfinite, grad_scale)
+            grads = engine.own_gradients(plan, params, self.rule, self.nonfinite, find=found)
+            return engine.judge(plan, grads, self.rule, self.nonfinite, grad_scale)
 
     @torch.no_grad()
     def _carry_out(self, verdict: engine.Verdict, params: set[int] | None, grad_scale: Tensor | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -109,14 +109,18 @@ def known_to_be_one(coefficient: Tensor | None) -> bool:
 
 
 def own_gradients(
-    plan: Plan, params: Sequence[Tensor], rule: Rule, nonfinite: NonFinite
+    plan: Plan,
+    params: Sequence[Tensor],
+    rule: Rule,
+    nonfinite: NonFinite,
+    find: Callable[[Plan, Sequence[Tensor]], dict[torch.device, LocalGrads]] = local_grads,
 ) -> dict[torch.device, LocalGrads]:
     """This rank's gradients; where they cannot be clipped, the others learn of it before this rank raises."""
     how = how_of(nonfinite)
     try:
         if plan.settled:
             forewarn(plan, rule, how)
-        grads = local_grads(plan, params)
+        grads = find(plan, params)
         if rule.bounds is not None:
             check_limits(plan, grads, rule.bounds)
     except (StalePlan, Failure):

@@ -113,11 +113,7 @@ def make_plan(
         slots=torch.tensor(agreement.slots, dtype=torch.int64),
         slot_count=agreement.slot_count,
         shares=torch.tensor(shares, dtype=torch.float64),
-        riding={
-            place: _part(tensor.layout, holders)
-            for place, (tensor, holders) in enumerate(held)
-            if tensor.layout.partial
-        },
+        riding={place: _part(t.layout, holders) for place, (t, holders) in enumerate(held) if t.layout.partial},
         participants=participants if facts.reduces else Participants(),
         guards=frozenset(layout.guard for layout in layouts if layout.guard is not None),
         device=device,

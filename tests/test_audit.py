@@ -308,6 +308,25 @@ def test_one_tensor_declared_to_be_many() -> None:
 
 
 @ranks(2)
+def test_biases_of_experts_whose_gradients_are_equal() -> None:
+    """As under a loss that is linear in them: other values tell that they are not one tensor."""
+    torch.manual_seed(dist.get_rank())
+    expert = nn.Linear(4, 2)
+    model = nn.Sequential(expert)
+    distclip.declare(expert, sharded=world())
+    model(torch.randn(5, 4)).mul(torch.tensor([1.0, 2.0])).sum().backward()
+    assert expert.bias.grad is not None
+    assert expert.bias.grad.tolist() == [5.0, 10.0]
+    found = audit(model, group=world())
+    assert found.ok, str(found)
+    with torch.no_grad():
+        expert.bias.fill_(1.0)
+    found = audit(model, group=world())
+    assert kinds(found) == {"equal-places"}
+    assert "0.bias is declared sharded, but its gradient is the same" in told(found, "equal-places")
+
+
+@ranks(2)
 def test_whole_tensors_given_out_as_pieces() -> None:
     mesh = init_device_mesh("cpu", (2,))
     for shape in ((4, 3), (6,)):

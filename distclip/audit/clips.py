@@ -131,8 +131,8 @@ class _Around:
         try:
             self._holdings = holdings_of(names, params, layouts, self._pipeline)
             self._rows = quick_rows(self._holdings)
-        except (RuntimeError, TypeError):
-            # Not reduced yet, or of no kind that can be clipped: the clip says so. The others still want to hear.
+        except Exception:
+            # Not reduced yet, or of no kind that can be clipped: the clip says so. The others wait for this rank.
             self._holdings = holdings_of(names, params, layouts, self._pipeline, blind=True)
             self._rows = quick_rows(self._holdings)
 

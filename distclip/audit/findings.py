@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from torch import Tensor
+
 from distclip.audit.compare import Suspect
 from distclip.audit.holdings import Holding, bits_of, is_patterned
 from distclip.handshake import Wire, digest
 from distclip.layout.dtensor import is_dtensor
-from distclip.plan import looks_of
+from distclip.plan import Held, looks_of
 
 # Names that one message lists.
 _LISTED = 3
@@ -44,7 +46,7 @@ class Fact(NamedTuple):
     patterned: bool
     """Whether its gradient repeats itself, so that equal ones prove nothing."""
     value: int
-    """Stands for the bits of the parameter itself."""
+    """Stands for the bits of the parameter itself, as far as they lie here."""
 
 
 class Facts:
@@ -66,9 +68,9 @@ class Facts:
         return [rank for rank, facts in self._by_rank.items() if identity in facts]
 
     def values_differ(self, suspect: Suspect) -> bool:
-        """Whether the parameters themselves do, not only their gradients."""
-        identity = suspect.identities[0]
-        return len({self._by_rank[rank][identity].value for rank in suspect.ranks}) > 1
+        """Whether the parameters themselves do, be their gradients equal or not."""
+        told = (self._by_rank[rank].get(identity) for rank in suspect.ranks for identity in suspect.identities)
+        return len({fact.value for fact in told if fact is not None}) > 1
 
 
 def ask(wire: Wire, holdings: Sequence[Holding], suspects: Sequence[Suspect]) -> Facts:
@@ -78,14 +80,20 @@ def ask(wire: Wire, holdings: Sequence[Holding], suspects: Sequence[Suspect]) ->
     for place, holding in enumerate(holdings):
         identity = digest(holding.identity)
         if identity in wanted:
-            name, param, layout, _ = holding.held
-            local = param._local_tensor if is_dtensor(param) else param
-            facts = layout.system, looks_of(holding.held), is_patterned(holding), bits_of(local)
+            name, layout = holding.held.name, holding.held.layout
+            facts = layout.system, looks_of(holding.held), is_patterned(holding), bits_of(_value(holding.held))
             mine[identity] = Fact(name, place, *facts)
     texts = wire.texts(json.dumps(list(mine.items())))
     return Facts(
         {rank: {i: Fact(*fact) for i, fact in json.loads(text)} for rank, text in zip(wire.ranks, texts, strict=True)}
     )
+
+
+def _value(held: Held) -> Tensor:
+    """What lies here of a parameter, or of the tensor that is packed into it."""
+    local = held.param._local_tensor if is_dtensor(held.param) else held.param.detach()
+    span = held.piece.span
+    return local if span is None or local.numel() < sum(span) else local.reshape(-1).narrow(0, *span)
 
 
 def findings_of(suspects: Sequence[Suspect], facts: Facts, compared: set[int], staged: bool) -> list[Finding]:
@@ -106,7 +114,8 @@ def findings_of(suspects: Sequence[Suspect], facts: Facts, compared: set[int], s
     found += [_missing(suspect, facts) for suspect in by_kind.get("missing", [])]
     for kind, told in (("equal-pieces", _equal_pieces), ("equal-places", _equal_places), ("counted-twice", _twice)):
         for suspect in by_kind.get(kind, []):
-            if not facts.of(suspect.identities[0]).patterned:
+            # What is one tensor has one value; a bias may have equal gradients without being one.
+            if not facts.of(suspect.identities[0]).patterned and not facts.values_differ(suspect):
                 found.append(told(suspect, facts))
     return found
 

@@ -42,7 +42,16 @@ if TYPE_CHECKING:
 TESTED = "0.19.8"
 """The version of DeepSpeed that the tests run with."""
 
-_ENGINE = ("_take_model_step", "gradient_clipping", "is_gradient_accumulation_boundary", "seq_data_parallel_group")
+_ENGINE = (
+    "_config",
+    "_take_model_step",
+    "autotp_size",
+    "gradient_clipping",
+    "is_gradient_accumulation_boundary",
+    "mp_world_size",
+    "seq_data_parallel_group",
+    "torch_autocast_z0_gradscaler",
+)
 _ZERO = ("averaged_gradients", "check_overflow", "loss_scale", "overflow", "unscale_and_clip_grads")
 _COPIES = ("fp16_groups", "loss_scale", "overflow", "unscale_and_clip_grads")
 NEEDED: dict[str, tuple[str, ...]] = {
@@ -50,6 +59,11 @@ NEEDED: dict[str, tuple[str, ...]] = {
         *_ZERO,
         "bit16_groups",
         "compute_grad_norm",
+        "get_param_id",
+        "grad_partition_insertion_offset",
+        "grad_start_offset",
+        "partition_size",
+        "real_dp_process_group",
         "scaled_global_norm",
         "single_partition_of_fp32_groups",
     ),
@@ -79,8 +93,8 @@ class EngineHooks:
     def __init__(self, engine: Any, clipper: GradClipper) -> None:
         if getattr(engine, "_distclip_hooks", None) is not None:
             raise RuntimeError("this DeepSpeed engine has a GradClipper already: call its detach() first")
-        _check_known(engine)
         _check_internals(engine)
+        _check_known(engine)
         self._engine = engine
         self._clipper = clipper
         self._verdict: Verdict | None = None
@@ -92,13 +106,11 @@ class EngineHooks:
         for home in homes(engine.optimizer):
             self._groups[home.group].add(id(home.param))
         self._install()
-        engine._distclip_hooks = self
 
     def remove(self) -> None:
         """Give the engine its own clipping back."""
         for restore in reversed(self._restore):
             restore()
-        self._engine._distclip_hooks = None
 
     def _install(self) -> None:
         engine, optimizer = self._engine, self._engine.optimizer
@@ -110,6 +122,7 @@ class EngineHooks:
                 "GradClipper holds instead. Remove it there to be rid of this warning."
             )
         self._take_step = engine._take_model_step
+        self._set(engine, "_distclip_hooks", self)
         self._set(engine, "gradient_clipping", lambda: 0.0)
         self._set(engine, "_take_model_step", self._step)
         kind = type(optimizer).__name__
@@ -128,6 +141,9 @@ class EngineHooks:
         elif kind == "BF16_Optimizer":
             self._set(optimizer, "clip_grad", 0.0)
             self._set(optimizer, "get_grads_for_norm", self._clip_accumulated)
+        else:
+            # Where the engine looks for whether to count a skipped step, and to let the schedule of the rate wait.
+            self._set(optimizer, "overflow", False)
 
     def _set(self, owner: Any, name: str, value: object) -> None:
         own = vars(owner)
@@ -206,7 +222,9 @@ class EngineHooks:
         scaler = self._engine.torch_autocast_z0_gradscaler
         if scaler is not None:
             scaler.unscale_(optimizer)
-        if self._judged().report.skipped:
+        skipped = bool(self._judged().report.skipped)
+        optimizer.overflow = skipped  # type: ignore[attr-defined]
+        if skipped:
             self._engine.zero_grad()
         else:
             self._carry_out()

@@ -7,7 +7,9 @@ scale, and lie
 - stages 1 and 2: in the optimizer's list of tensors that make up this rank's partition of a parameter group, then (with
   an offloaded optimizer: from the start) in the flat float32 partition;
 - stage 1 with bf16 parameters and float32 accumulation: whole on every rank, in a float32 buffer;
-- stage 3: as for 2, but each parameter is cut by itself, and groups are cut further into sub-groups.
+- stage 3: as for 2, but each parameter is cut by itself, and groups are cut further into sub-groups. A parameter that a
+  step does not use keeps there, in DeepSpeed 0.19.8, its gradient of the step before: the optimizer steps with it
+  again, so it counts in the norm.
 
 Which ranks have which part only the engine can tell. A module that distclip has seen once teaches it.
 """
@@ -18,6 +20,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -88,23 +91,31 @@ def homes(optimizer: Any) -> Iterator[Home]:
 
 def _in_partition(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
     """Stages 1 and 2: a partition is a list of tensors laid end to end; later a flat float32 one."""
+    # Not by _hp_mapping: with round_robin_gradients DeepSpeed lays partitions in another order than it says there, and
+    # it counts tensors without elements that the list may leave out.
     for group, params in enumerate(optimizer.bit16_groups):
+        rank = dist.get_rank(optimizer.real_dp_process_group[group])
+        starts = optimizer.grad_partition_insertion_offset[group][rank]
+        skipped = optimizer.grad_start_offset[group][rank]
+        places: dict[int, int] = {}
         for param in params:
-            mapping = param._hp_mapping  # None where no element lies in this rank's partition
             local: Local = _nothing
-            if mapping is not None:
-                address = mapping.hp_fragment_address
-                local = partial(_part_1_2, ref, group, param._index_in_param_group, address.start, address.numel)
+            key = optimizer.get_param_id(param)
+            if key in starts and param.numel():
+                start = int(starts[key])
+                numel = int(min(param.numel() - skipped[key], optimizer.partition_size[group] - start))
+                local = partial(_while_alive, ref, _part_1_2, group, places, start, numel)
             yield Home(param, group, partitioned=True, local=local)
 
 
-def _part_1_2(ref: weakref.ref[Any], group: int, index: int, start: int, numel: int) -> Tensor | None:
-    optimizer = ref()
-    if optimizer is None:
-        return None
+def _part_1_2(optimizer: Any, group: int, places: dict[int, int], start: int, numel: int) -> Tensor | None:
+    """``places``, filled here, are those in the list by where tensors start in the partition; the same in each step."""
     parts: list[Tensor] | None = optimizer.averaged_gradients.get(group)
     if parts is not None:
-        return parts[index]
+        if not places:
+            ends = accumulate((part.numel() for part in parts), initial=0)
+            places |= {at: place for place, (at, part) in enumerate(zip(ends, parts, strict=False)) if part.numel()}
+        return parts[places[start]]
     flat: Tensor | None = optimizer.single_partition_of_fp32_groups[group].grad
     return None if flat is None else flat.narrow(0, start, numel)
 
@@ -117,14 +128,13 @@ def _in_own_partition(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
             size = param.partition_numel()
             before = size * dist.get_rank(param.ds_process_group)
             numel = max(0, min(size, param.ds_numel - before))
-            yield Home(param, group, partitioned=True, local=partial(_part_3, ref, group, index, start, numel))
+            yield Home(
+                param, group, partitioned=True, local=partial(_while_alive, ref, _part_3, group, index, start, numel)
+            )
             start += size
 
 
-def _part_3(ref: weakref.ref[Any], group: int, index: int, start: int, numel: int) -> Tensor | None:
-    optimizer = ref()
-    if optimizer is None:
-        return None
+def _part_3(optimizer: Any, group: int, index: int, start: int, numel: int) -> Tensor | None:
     parts: list[Tensor] | None = optimizer.averaged_gradients.get(group)
     if parts is not None:
         return parts[index].view(-1).narrow(0, 0, numel)
@@ -136,12 +146,11 @@ def _in_accumulator(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
     """bf16 parameters with float32 accumulation: whole gradients in a buffer beside the parameters."""
     for group, params in enumerate(optimizer.bf16_groups):
         for index, param in enumerate(params):
-            yield Home(param, group, partitioned=False, local=partial(_accumulated, ref, group, index))
+            yield Home(param, group, partitioned=False, local=partial(_while_alive, ref, _accumulated, group, index))
 
 
-def _accumulated(ref: weakref.ref[Any], group: int, index: int) -> Tensor | None:
-    optimizer = ref()
-    if optimizer is None or not optimizer.fp32_groups_has_gradients[group][index]:
+def _accumulated(optimizer: Any, group: int, index: int) -> Tensor | None:
+    if not optimizer.fp32_groups_has_gradients[group][index]:
         return None
     grad: Tensor = optimizer.fp32_groups_gradients[group][index]
     return grad
@@ -152,14 +161,11 @@ def _in_copies(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
     for group, params in enumerate(optimizer.fp16_groups):
         start = 0
         for index, param in enumerate(params):
-            yield Home(param, group, False, partial(_copied, ref, group, index, start, param.numel()))
+            yield Home(param, group, False, partial(_while_alive, ref, _copied, group, index, start, param.numel()))
             start += param.numel()
 
 
-def _copied(ref: weakref.ref[Any], group: int, index: int, start: int, numel: int) -> Tensor | None:
-    optimizer = ref()
-    if optimizer is None:
-        return None
+def _copied(optimizer: Any, group: int, index: int, start: int, numel: int) -> Tensor | None:
     copy: Tensor | None
     if hasattr(optimizer, "fp32_groups_flat"):
         flat = optimizer.fp32_groups_flat[group].grad
@@ -169,6 +175,12 @@ def _copied(ref: weakref.ref[Any], group: int, index: int, start: int, numel: in
     if copy is None:
         copy = optimizer.fp16_groups[group][index].grad
     return copy
+
+
+def _while_alive(ref: weakref.ref[Any], find: Callable[..., Tensor | None], *place: Any) -> Tensor | None:
+    """What ``find(optimizer, *place)`` finds; layouts outlive optimizers."""
+    optimizer = ref()
+    return None if optimizer is None else find(optimizer, *place)
 
 
 def _nothing() -> None:
