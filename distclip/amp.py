@@ -105,7 +105,10 @@ def tell(params: Sequence[Tensor], found: Tensor) -> None:
     for scaler in _alive:
         for optimizer in scaler._serves(params):
             if _stage(scaler, optimizer) is OptState.UNSCALED:
-                record(scaler, [optimizer], found)
+                # What unscale_, or a clip of its other parameters, has found stays found. (1 and not a sum of several:
+                # fused kernels skip for no other number.)
+                before = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+                record(scaler, [optimizer], torch.stack([found, *(flag.to(found.device) > 0 for flag in before)]).any())
 
 
 def scale_of(scaler: torch.amp.GradScaler, optimizers: Sequence[Optimizer]) -> Tensor | None:

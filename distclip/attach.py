@@ -88,7 +88,8 @@ class Attachment:
             self._clipped = False
 
     def _scaled_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if as_optimizers(optimizer) != (self._optimizer,) or self._scaler is None:
+        ours = as_optimizers(optimizer) == (self._optimizer,)
+        if not ours or self._scaler is None or not self._scaler.is_enabled():
             return self._scaler_step(optimizer, *args, **kwargs)
         with self.clipped_under(self._scaler):
             return self._scaler_step(optimizer, *args, **kwargs)

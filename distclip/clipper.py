@@ -21,10 +21,10 @@ from distclip.layout import learn
 from distclip.layout.declared import Group, as_rank_group, carry_over
 from distclip.layout.memory import Mark
 from distclip.layout.zero import is_engine
-from distclip.optimizers import as_optimizers, check_fused
+from distclip.optimizers import as_optimizers, check_fused, scaler_of
 from distclip.parameters import ModuleParameters, as_modules
 from distclip.plan import Plan, make_plan
-from distclip.reduction import StalePlan
+from distclip.reduction import Failure, StalePlan
 from distclip.report import ClipReport
 from distclip.rules.base import Rule
 from distclip.rules.norm import ClipByGlobalNorm
@@ -54,7 +54,7 @@ class GradClipper:
             rules with a coefficient for each tensor, and other optimizers are served in place.
         scaler: a ``torch.amp.GradScaler``, FSDP1's ``ShardedGradScaler`` or a ``distclip.amp.GradScaler``. ``clip()``
             unscales if nobody has, and tells it of an overflow on any rank, so that all ranks skip the step and shrink
-            the scale alike. Needs ``optimizer``.
+            the scale alike. Needs ``optimizer``; that of an optimizer which Accelerate prepared is known.
         nonfinite: what to do where any gradient of any rank holds an inf or NaN. "propagate": clip on, as torch does,
             so that NaN and 0 reach the parameters; "raise": RuntimeError on every rank, no gradient changed (not with
             a dynamic loss scale, which overflows now and then as a matter of course); "skip": drop the gradients
@@ -110,9 +110,10 @@ class GradClipper:
         # What load_state_dict brought for it before it was there.
         self._resumed: dict[str, Any] = {}
         self._check = ClipCheck(check)
-        self._stepping = Stepping(as_optimizers(optimizer), scaler)
+        self._stepping = Stepping(as_optimizers(optimizer), scaler_of(optimizer) if scaler is None else scaler)
         check_fused(self._stepping.optimizers)
         self._attachment: Attachment | None = None
+        self._detached = self._stepping
         if is_engine(model):
             from distclip.integrations.deepspeed import EngineHooks
 
@@ -137,9 +138,10 @@ class GradClipper:
         if self._attachment is not None:
             raise RuntimeError("this clipper is attached already: call detach() first")
         check_fused([inner])
-        self._attachment = Attachment(self, inner, self._stepping.scaler)
-        if not self._stepping.optimizers:
-            self._stepping.optimizers = (inner,)
+        before = self._stepping
+        stepping = Stepping(before.optimizers or (inner,), before.scaler or scaler_of(optimizer))
+        self._attachment = Attachment(self, inner, stepping.scaler)
+        self._stepping, self._detached = stepping, before
         return self
 
     def detach(self) -> None:
@@ -147,6 +149,8 @@ class GradClipper:
         for held in (self._hooks, self._attachment):
             if held is not None:
                 held.remove()
+        if self._attachment is not None:
+            self._stepping = self._detached
         self._hooks = self._attachment = None
 
     def clip(self) -> ClipReport:
@@ -260,13 +264,28 @@ class GradClipper:
 
     def _clip_by(self, plan: Plan, scaler: torch.amp.GradScaler | None) -> ClipReport:
         params, step, skip = self._params.tensors, self._stepping, self.nonfinite == "skip"
-        grad_scale = step.grad_scale(params, scaler)
         with self._check.around(plan, params, self._pipeline):
+            grad_scale = self._grad_scale(plan, scaler)
             grads = engine.own_gradients(plan, params, self.rule, self.nonfinite)
             verdict = engine.judge(plan, grads, self.rule, self.nonfinite, grad_scale)
         applied = step.apply(plan, params, grads, self.rule, verdict, scaler, grad_scale, skip)
         report = replace(verdict.report, applied=applied)
         return replace(report, skipped=report.nonfinite) if step.scales(scaler) else report
+
+    def _grad_scale(self, plan: Plan, scaler: torch.amp.GradScaler | None) -> Tensor | None:
+        """See ``Stepping.grad_scale``; where that raises, the others learn of it before."""
+        try:
+            grads = self._witnesses()
+            if grads and not self._clipped(grads) and self._stepping.unscaled_before():
+                raise RuntimeError(
+                    "clip() ran in the middle of an accumulation: the gradients of the backward() since are multiplied "
+                    "by the loss scale, those from before are not any more. Clip once, after the last backward(), and "
+                    "call scaler.update() after scaler.step()."
+                )
+            return self._stepping.grad_scale(self._params.tensors, scaler)
+        except Exception:
+            engine.tell(plan, self.rule, engine.how_of(self.nonfinite), Failure)
+            raise
 
     def _current_plan(self) -> Plan:
         settings = engine.settings_of(self.rule)
@@ -332,16 +351,13 @@ class GradClipper:
         grads = (param.grad for param in self._params.tensors if param.grad is not None)
         return list(islice(grads, _WITNESSES))
 
+    def _clipped(self, grads: list[Tensor]) -> bool:
+        """Whether nobody has written to them since this clipper did."""
+        return all(getattr(grad, _CLIPPED, None) == (self._mark, version_of(grad)) for grad in grads)
+
     def _warn_if_out_of_turn(self) -> None:
         grads = self._witnesses()
-        same = grads and all(getattr(grad, _CLIPPED, None) == (self._mark, version_of(grad)) for grad in grads)
-        if not same and self._stepping.unscaled_before():
-            raise RuntimeError(
-                "clip() ran in the middle of an accumulation: the gradients of the backward() since are multiplied by "
-                "the loss scale, those from before are not any more. Clip once, after the last backward(), and call "
-                "scaler.update() after scaler.step()."
-            )
-        if same:
+        if grads and self._clipped(grads):
             warn(
                 "clip() ran twice on the same gradients: call it once per step, after the last backward() and before "
                 "optimizer.step().",

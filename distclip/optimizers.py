@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from distclip.gradients import version_of
 from distclip.layout.dtensor import is_dtensor
 
 # Left on a gradient whose clipping waits for the step: for which fold, and its version then.
 _FOLDED = "_distclip_folded"
+# Their optimizers stand for one of torch's.
+_FRAMEWORKS = ("accelerate", "lightning", "pytorch_lightning")
 # A float32 ``grad_scale`` can hold the inverse of coefficients from here on.
 _SMALLEST = 1e-30
 
@@ -39,8 +42,19 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> tuple[Op
     return tuple(map(_unwrapped, given))
 
 
+def scaler_of(optimizer: Optimizer | Iterable[Optimizer] | None) -> torch.amp.GradScaler | None:
+    """The one by which Accelerate steps an optimizer that it prepared."""
+    for given in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
+        scaler = getattr(given, "scaler", None)
+        if isinstance(scaler, torch.amp.GradScaler):
+            return scaler
+    return None
+
+
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    inner = getattr(optimizer, "optimizer", None)
+    # Only where we know that scalers and frameworks step the inner one: other wrappers do work of their own.
+    known = any(base.__module__.partition(".")[0] in _FRAMEWORKS for base in type(optimizer).__mro__)
+    inner = getattr(optimizer, "optimizer", None) if known else None
     return _unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
 
 
@@ -83,6 +97,9 @@ def can_fold(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> bool:
     """Whether all gradients go through a fused step, which can scale them on its way."""
     if not optimizers or not all(getattr(each, "_step_supports_amp_scaling", False) for each in optimizers):
         return False
+    # A group can be taken out of it.
+    if not all(group.get("fused", True) for each in optimizers for group in each.param_groups):
+        return False
     stepped = parameters_of(optimizers)
     return all(id(param) in stepped for param in params if param.grad is not None)
 
@@ -110,23 +127,29 @@ class Fold:
         self._token = object()
         self.waits = True
         """Whether no step has come yet."""
-        self._hooks = {}
+        self._hooks: dict[Optimizer, list[RemovableHandle]] = {}
+        self._set: set[Optimizer] = set()
         for optimizer in optimizers:
-            self._hooks[optimizer] = optimizer.register_step_pre_hook(self._before)
+            self._hooks[optimizer] = [optimizer.register_step_pre_hook(self._before)]
             for grad in _first_grad(optimizer):
                 setattr(grad, _FOLDED, (self._token, version_of(grad)))
 
     def drop(self) -> None:
-        """Forget it: the gradients that it was meant for are gone."""
-        for hook in self._hooks.values():
-            hook.remove()
+        """Forget it: the gradients that it was meant for are gone, or their step raised."""
+        for optimizer in self._hooks:
+            self._take_off(optimizer)
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.waits = False
-        self._hooks[optimizer].remove()
+        hooks = self._hooks[optimizer]
+        if len(hooks) == 1:
+            # Takes this one out: torch may have others to call, and no hook may go while it does. Nor may the other,
+            # but that is the last of its kind.
+            hooks.append(optimizer.register_step_post_hook(self._after))
         # A GradScaler has set both attributes by now, and deletes them itself.
-        scaled = hasattr(optimizer, "found_inf")
+        scaled = hasattr(optimizer, "found_inf") and optimizer not in self._set
         if not self._is_for(optimizer, scaled):
+            self._unset(optimizer)
             return
         if (args[1:2] or (kwargs.get("closure"),))[0] is not None:
             self._instead()
@@ -134,7 +157,20 @@ class Fold:
         optimizer.grad_scale = self._grad_scale
         if not scaled:
             optimizer.found_inf = self._found_inf
-            self._hooks[optimizer] = optimizer.register_step_post_hook(self._after)
+            self._set.add(optimizer)
+
+    def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._take_off(optimizer)
+
+    def _take_off(self, optimizer: Optimizer) -> None:
+        for hook in self._hooks[optimizer]:
+            hook.remove()
+        self._unset(optimizer)
+
+    def _unset(self, optimizer: Any) -> None:
+        if optimizer in self._set:
+            self._set.remove(optimizer)
+            del optimizer.grad_scale, optimizer.found_inf
 
     def _is_for(self, optimizer: Optimizer, scaled: bool) -> bool:
         """Whether the gradients to step with are those that were clipped."""
@@ -149,10 +185,6 @@ class Fold:
             "gradients were changed after clip(), which left it to this fused step to scale them. Change them before "
             "clip(), or make the GradClipper without optimizer= so that it scales in place."
         )
-
-    def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._hooks[optimizer].remove()
-        del optimizer.grad_scale, optimizer.found_inf
 
 
 def _first_grad(optimizer: Optimizer) -> Iterator[Tensor]:

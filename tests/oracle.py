@@ -26,11 +26,11 @@ def whole_grads(model: nn.Module) -> Whole:
         if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
             handle = module._handle
             flattened |= {id(param) for param in (handle.flat_param, *(handle.flat_param._params or ()))}
-            found |= {_clean(f"{prefix}.{name}"): grad for name, grad in _flat_grads(handle)}
+            found |= {clean(f"{prefix}.{name}"): grad for name, grad in _flat_grads(handle)}
     for name, param in model.named_parameters():
         if param.grad is not None and id(param) not in flattened:
             grad = param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad
-            found[_clean(name)] = _numpy(grad)
+            found[clean(name)] = _numpy(grad)
     return found
 
 
@@ -60,7 +60,7 @@ def _numpy(grad: Tensor) -> NDArray[np.float64]:
     return wide.cpu().numpy().copy()
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
     # The test networks themselves call nothing by these names.
     for wrapper in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"):
         name = name.replace(f"{wrapper}.", "")

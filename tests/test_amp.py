@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -465,3 +465,189 @@ def test_a_compiled_step_between() -> None:
     report = clipper.clip()
     assert report.total_norm > 0.5
     assert distclip.grad_norm(model).item() == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.fixture
+def accelerate() -> Iterator[Any]:
+    module = pytest.importorskip("accelerate")
+    yield module
+    module.state.AcceleratorState._reset_state(reset_partial_state=True)
+    module.state.GradientState._reset_state()
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["clip", "attach"])
+def test_an_optimizer_that_accelerate_prepared(accelerate: Any, attached: bool) -> None:
+    ours, theirs = make_model(), make_model()
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    inner, reference = (torch.optim.AdamW(m.parameters(), lr=0.05, fused=not attached) for m in (ours, theirs))
+    schedules = [torch.optim.lr_scheduler.StepLR(each, 1, gamma=0.5) for each in (inner, reference)]
+    model, optimizer, scheduler = accelerator.prepare(ours, inner, schedules[0])
+    clipper = GradClipper(model, 0.5, optimizer=optimizer)
+    if attached:
+        clipper.attach(optimizer)
+    for step in range(6):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, step))
+            if accelerator.sync_gradients and not attached:
+                assert clipper.clip().applied == "folded"
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        (loss_of(theirs, step) / 2).backward()
+        if step % 2:
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+            reference.step()
+            schedules[1].step()
+            reference.zero_grad()
+        same(ours, theirs, rtol=1e-5)
+    assert clipper.steps == 3
+    assert scheduler.get_last_lr() == schedules[1].get_last_lr()
+    clipper.detach()
+    assert not {"grad_scale", "found_inf", "_distclip_attachment"} & vars(inner).keys()
+
+
+@fused
+@scalers
+@pytest.mark.parametrize("attached", [False, True], ids=["clip", "attach"])
+def test_the_scaler_that_accelerate_steps_with(
+    accelerate: Any, attached: bool, make_scaler: type[torch.amp.GradScaler], fused: bool
+) -> None:
+    """Nobody names it: it sets the inner optimizer's ``step`` anew in each step, past ours."""
+    accelerate.Accelerator(cpu=True)
+    ours, theirs = make_model(), make_model()
+    inner, reference = (torch.optim.AdamW(m.parameters(), lr=0.05, fused=fused) for m in (ours, theirs))
+    scaler, other = make_scaler("cpu", init_scale=64.0), torch.amp.GradScaler("cpu", init_scale=64.0)
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(inner, scaler=scaler)
+    clipper = GradClipper(ours, 0.5) if attached else GradClipper(ours, 0.5, optimizer=optimizer)
+    if attached:
+        clipper.attach(optimizer)
+    for step in range(5):
+        for model, each in ((ours, scaler), (theirs, other)):
+            each.scale(loss_of(model, step)).backward()
+            if step == 2:
+                poison(model)
+        if not attached:
+            clipper.clip()
+        optimizer.step()
+        other.unscale_(reference)
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        other.step(reference)
+        other.update()
+        assert scaler.get_scale() == other.get_scale()
+        assert fused or optimizer.step_was_skipped is (step == 2)
+        optimizer.zero_grad()
+        reference.zero_grad()
+        same(ours, theirs)
+    assert clipper.steps == 5
+    clipper.detach()
+    assert "step" not in vars(scaler)
+    scaler.scale(loss_of(ours, 9)).backward()
+    optimizer.step()
+    assert clipper.steps == 5
+
+
+class Lookahead(Optimizer):
+    """An optimizer around another, as users write them; scalers know it, not the inner one."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step()
+
+
+def test_an_optimizer_around_another_is_unscaled_once() -> None:
+    ours, theirs = make_model(), make_model()
+    optimizer = Lookahead(torch.optim.SGD(ours.parameters(), lr=0.1))
+    reference = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    clipper = GradClipper(ours, 0.5, optimizer=optimizer, scaler=scaler)
+    for step in range(3):
+        for model in (ours, theirs):
+            model.zero_grad()
+        scaler.scale(loss_of(ours, step)).backward()
+        clipper.clip()
+        scaler.step(optimizer)
+        scaler.update()
+        loss_of(theirs, step).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        reference.step()
+        same(ours, theirs)
+
+
+def test_a_clip_of_some_parameters_forgets_no_overflow() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = distclip.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(loss_of(model, 0)).backward()
+    poison(model)
+    scaler.unscale_(optimizer)
+    distclip.clip_grad_norm_(model[2], 1.0)  # the inf is in the other layer
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 32.0
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("tried_again", [False, True])
+def test_a_fused_step_that_raised_leaves_nothing_for_later_steps(tried_again: bool) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    clipper = GradClipper(model, 0.5, optimizer=optimizer)
+
+    def out_of_memory(*_: Any) -> None:
+        raise MemoryError
+
+    loss_of(model, 0).backward()
+    clipper.clip()
+    hook = optimizer.register_step_pre_hook(out_of_memory)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    hook.remove()
+    if tried_again:
+        optimizer.step()
+        assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    assert clipper.clip().applied == "folded"
+    assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+    optimizer.step()
+    assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+
+
+def test_a_group_that_is_not_fused_is_clipped_in_place() -> None:
+    model = make_model()
+    groups: list[dict[str, Any]] = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    groups[1]["fused"] = False
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    clipper = GradClipper(model, 0.5, optimizer=optimizer)
+    loss_of(model, 0).backward()
+    assert clipper.clip().applied == "in place"
+    optimizer.step()
+
+
+def test_detach_forgets_the_optimizer() -> None:
+    model = make_model()
+    clipper = GradClipper(model, 0.5)
+    clipper.attach(torch.optim.AdamW(model.parameters(), fused=True)).detach()
+    loss_of(model, 0).backward()
+    assert clipper.clip().applied == "in place"
+
+
+def test_folding_among_the_hooks_of_others() -> None:
+    """torch walks through them while ours comes and goes."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    clipper = GradClipper(model, 0.5, optimizer=optimizer)
+    called: list[str] = []
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        assert clipper.clip().applied == "folded"
+        optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+        optimizer.register_step_post_hook(lambda *_: called.append("after"))
+        optimizer.step()
+    assert called == ["before", "after", "before", "before", "after", "after"]
+    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 2

@@ -168,7 +168,8 @@ def _missing(table: Table) -> list[Suspect]:
 
 
 def _nonzero(grads: Table) -> Table:
-    return grads.where((grads["power"] != 0) & ~grads.has(Flag.PARTIAL))
+    # Where a loss scale was too large, all elements are inf or NaN: equal, and that says nothing.
+    return grads.where((grads["power"] != 0) & grads["power"].isfinite() & ~grads.has(Flag.PARTIAL))
 
 
 def _equal_pieces(grads: Table) -> list[Suspect]:
