@@ -24,6 +24,8 @@ def zero(stage: int, model: nn.Module, job: Job, options: Options) -> Spread:
 
     # torch 2.13 has renamed the collectives that DeepSpeed 0.19 calls.
     warnings.filterwarnings("ignore", message=".torch.distributed.* is deprecated", category=FutureWarning)
+    # Its collectives through shared memory want a compiler, and a minute, at the first use. These models do without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.logger.setLevel("ERROR")
     deepspeed.init_distributed(verbose=False)
     config = {

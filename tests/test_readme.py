@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 import distclip
 from tests.ranks import run_ranks
+from tests.test_deepspeed import start_deepspeed
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -49,9 +49,7 @@ def setting() -> dict[str, Any]:
 def run(block: str) -> str:
     names = setting()
     if "deepspeed" in block:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        names["deepspeed"] = pytest.importorskip("deepspeed")
-        names["deepspeed"].init_distributed("gloo")
+        names["deepspeed"] = start_deepspeed()
         names["config"] = {
             "train_batch_size": 1,
             "zero_optimization": {"stage": 2},
