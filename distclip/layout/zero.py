@@ -39,6 +39,10 @@ class Home(NamedTuple):
     """Whether each replica keeps its own part only."""
     local: Local | None
     """Finds this rank's part; None where that is ``param.grad``. Holds no reference to the parameter."""
+    start: int = 0
+    """Where this rank's part begins in the flattened parameter."""
+    weights: Callable[[Tensor], Tensor | None] | None = None
+    """This rank's part of a parameter; None where that is the parameter itself."""
 
 
 def is_engine(module: object) -> bool:
@@ -92,10 +96,17 @@ def _in_partition(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
         for param in params:
             mapping = param._hp_mapping  # None where no element lies in this rank's partition
             local: Local = _nothing
+            start = numel = 0
             if mapping is not None:
                 address = mapping.hp_fragment_address
-                local = partial(_part_1_2, ref, group, param._index_in_param_group, address.start, address.numel)
-            yield Home(param, group, partitioned=True, local=local)
+                start, numel = mapping.lp_fragment_address.start, address.numel
+                local = partial(_part_1_2, ref, group, param._index_in_param_group, address.start, numel)
+            weights = partial(_span, start=start, numel=numel)
+            yield Home(param, group, partitioned=True, local=local, start=start, weights=weights)
+
+
+def _span(param: Tensor, start: int, numel: int) -> Tensor:
+    return param.detach().reshape(-1).narrow(0, start, numel)
 
 
 def _part_1_2(ref: weakref.ref[Any], group: int, index: int, start: int, numel: int) -> Tensor | None:
@@ -117,8 +128,15 @@ def _in_own_partition(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
             size = param.partition_numel()
             before = size * dist.get_rank(param.ds_process_group)
             numel = max(0, min(size, param.ds_numel - before))
-            yield Home(param, group, partitioned=True, local=partial(_part_3, ref, group, index, start, numel))
+            local = partial(_part_3, ref, group, index, start, numel)
+            weights = partial(_partition, numel=numel)
+            yield Home(param, group, partitioned=True, local=local, start=min(before, param.ds_numel), weights=weights)
             start += size
+
+
+def _partition(param: Any, numel: int) -> Tensor:
+    partition: Tensor = param.ds_tensor
+    return partition.view(-1).narrow(0, 0, numel)
 
 
 def _part_3(ref: weakref.ref[Any], group: int, index: int, start: int, numel: int) -> Tensor | None:
@@ -191,7 +209,7 @@ def _layout(engine: Any, param: Any, home: Home | None, guard: Callable[[], None
     partitioned = home is not None and home.partitioned
     return GradLayout(
         f"ZeRO-{stage}" if stage else "DeepSpeed",
-        (Piece(getattr(param, "ds_shape", param.shape)),),
+        (Piece(getattr(param, "ds_shape", param.shape), start=0 if home is None else home.start),),
         sharded=replicas if partitioned else (),
         replicated=() if partitioned else replicas,
         apart=experts,
@@ -199,6 +217,7 @@ def _layout(engine: Any, param: Any, home: Home | None, guard: Callable[[], None
         groups=replicas + experts if partitioned or experts else (),
         # A parameter that the optimizer has not (it is frozen) has no gradient that matters.
         local=_nothing if home is None else home.local,
+        weights=None if home is None else home.weights,
         guard=guard,
     )
 
