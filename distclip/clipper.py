@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distclip import engine
+from distclip.apply import apply
 from distclip.attach import Attachment
 from distclip.audit.clips import WHEN, ClipCheck, When
 from distclip.gradients import found, version_of
@@ -27,7 +27,8 @@ from distclip.plan import Plan, make_plan
 from distclip.reduction import Failure, StalePlan
 from distclip.report import ClipReport
 from distclip.rules.base import Rule
-from distclip.rules.norm import ClipByGlobalNorm
+from distclip.rules.compose import as_rule
+from distclip.rules.stages import passes_of
 from distclip.step import Stepping
 from distclip.warning import warn
 
@@ -47,7 +48,8 @@ class GradClipper:
 
     Args:
         model: the module that is trained, wrapped (DDP, FSDP) as it is trained; or a list of modules.
-        rule: a number, the largest global L2 norm, or a rule such as ``ClipByNorm(0.1)``.
+        rule: a number, the largest global L2 norm; a rule such as ``ClipByNorm(0.1)``; a list of these (``Chain``) or
+            a dict by parameter names (``PerGroup``).
         optimizer: the one that steps these parameters, or several. With a fused one (``fused=True``) the gradients are
             not written: its step scales them, and leaves itself out where ``nonfinite="skip"`` says so, without a wait
             for the device. (torch's fused kernels write the scaled gradients back to ``.grad``.) Steps with a closure,
@@ -82,7 +84,7 @@ class GradClipper:
     def __init__(
         self,
         model: nn.Module | Iterable[nn.Module],
-        rule: float | Rule = 1.0,
+        rule: float | Rule | Sequence[Any] | Mapping[Any, Any] = 1.0,
         *,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -90,7 +92,7 @@ class GradClipper:
         pipeline_group: Group | None = None,
         check: When = "first",
     ) -> None:
-        self.rule = _as_rule(rule)
+        self.rule = as_rule(rule)
         if nonfinite not in engine.NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(engine.NONFINITE)}, got {nonfinite!r}")
         if check not in WHEN:
@@ -153,8 +155,12 @@ class GradClipper:
             self._stepping = self._detached
         self._hooks = self._attachment = None
 
-    def clip(self) -> ClipReport:
+    def clip(self, loss: Tensor | float | None = None) -> ClipReport:
         """Clip this step's gradients in place. Collective, on all ranks that share the model.
+
+        Args:
+            loss: this step's, for rules that look at it (``SkipOnSpike``): a scalar, averaged over the ranks that pass
+                one (of a pipeline, its last stage). Replicas pass it all or none; under DDP it costs a collective.
 
         Returns:
             The report, the same on every rank; also kept as ``clipper.report``.
@@ -165,6 +171,7 @@ class GradClipper:
             Failure: another rank raised, and says why.
             TypeError: a gradient that the rule cannot be defined for (complex or sparse under ClipByValue).
             OverflowError: ``|g|**p`` leaves float64.
+            ValueError: ``loss`` is no scalar.
         """
         if self._hooks is not None:
             raise RuntimeError("engine.step() clips by itself: do not call clip(), read clipper.report after the step")
@@ -173,19 +180,19 @@ class GradClipper:
                 "clip_in_backward() is active: gradients are clipped while backward() runs. Leave clip() out, or call "
                 "remove() on what clip_in_backward() returned."
             )
-        return self._clip_under(self._stepping.scaler)
+        return self._clip_under(self._stepping.scaler, _as_scalar(loss))
 
     @torch.no_grad()
-    def _clip_under(self, scaler: torch.amp.GradScaler | None) -> ClipReport:
+    def _clip_under(self, scaler: torch.amp.GradScaler | None, loss: Tensor | None = None) -> ClipReport:
         """``clip()`` with this scaler."""
         plan = self._current_plan()
         self._warn_if_out_of_turn()
         try:
-            self.report = self._clip_by(plan, scaler)
+            self.report = self._clip_by(plan, scaler, loss)
         except StalePlan:
             # Another rank's parameters changed. It is making its plan anew, and waits for all.
             self._plan = None
-            self.report = self._clip_by(self._current_plan(), scaler)
+            self.report = self._clip_by(self._current_plan(), scaler, loss)
         self.steps += 1
         for grad in self._witnesses():
             setattr(grad, _CLIPPED, (self._mark, version_of(grad)))
@@ -262,15 +269,19 @@ class GradClipper:
         else:
             self._resumed = carried
 
-    def _clip_by(self, plan: Plan, scaler: torch.amp.GradScaler | None) -> ClipReport:
-        params, step, skip = self._params.tensors, self._stepping, self.nonfinite == "skip"
+    def _clip_by(self, plan: Plan, scaler: torch.amp.GradScaler | None, loss: Tensor | None) -> ClipReport:
+        params, step = self._params.tensors, self._stepping
         with self._check.around(plan, params, self._pipeline):
-            grad_scale = self._grad_scale(plan, scaler)
-            grads = engine.own_gradients(plan, params, self.rule, self.nonfinite)
-            verdict = engine.judge(plan, grads, self.rule, self.nonfinite, grad_scale)
-        applied = step.apply(plan, params, grads, self.rule, verdict, scaler, grad_scale, skip)
+            moment = self._moment(self._grad_scale(plan, scaler), loss)
+            grads = engine.own_gradients(plan, self.rule, moment)
+            verdict = engine.judge(plan, grads, self.rule, moment)
+        may_skip = self.nonfinite == "skip" or any(stage.may_skip for stage in self.rule.stages)
+        applied = step.apply(plan, params, grads, verdict, scaler, moment.grad_scale, may_skip)
         report = replace(verdict.report, applied=applied)
-        return replace(report, skipped=report.nonfinite) if step.scales(scaler) else report
+        return replace(report, skipped=report.skipped | report.nonfinite) if step.scales(scaler) else report
+
+    def _moment(self, grad_scale: Tensor | None, loss: Tensor | None = None) -> engine.Moment:
+        return engine.Moment(self._params.tensors, self.nonfinite, grad_scale, self.steps, loss)
 
     def _grad_scale(self, plan: Plan, scaler: torch.amp.GradScaler | None) -> Tensor | None:
         """See ``Stepping.grad_scale``; where that raises, the others learn of it before."""
@@ -308,12 +319,15 @@ class GradClipper:
             for module in self._params.modules:
                 learn(module)
             self._settings = settings
+            passes = passes_of(self.rule)
             self._plan = make_plan(
                 list(self._params.named),
                 self._params.tensors,
                 settings=f"{self.rule.signature}, {settings}{how}, {self._check.signature}",
                 pipeline=self._pipeline,
-                linear=self.rule.bounds is None,
+                linear=all(each.linear for each in passes),
+                describe=any(each.needs_tensors for each in passes),
+                by_rows=any(each.needs_units or each.needs_means for each in passes),
             )
         return self._plan
 
@@ -330,8 +344,9 @@ class GradClipper:
     def _judge_by(self, plan: Plan, grad_scale: Tensor | None) -> engine.Verdict:
         params = self._params.tensors
         with self._check.around(plan, params, self._pipeline):
-            grads = engine.own_gradients(plan, params, self.rule, self.nonfinite, find=found)
-            return engine.judge(plan, grads, self.rule, self.nonfinite, grad_scale)
+            moment = self._moment(grad_scale)
+            grads = engine.own_gradients(plan, self.rule, moment, find=found)
+            return engine.judge(plan, grads, self.rule, moment)
 
     @torch.no_grad()
     def _carry_out(self, verdict: engine.Verdict, params: set[int] | None, grad_scale: Tensor | None) -> None:
@@ -339,7 +354,7 @@ class GradClipper:
         assert self._plan is not None
         tensors = self._params.tensors
         only = None if params is None else {place for place, param in enumerate(tensors) if id(param) in params}
-        engine.carry_out(self._plan, found(self._plan, tensors, only=only), self.rule, verdict, grad_scale)
+        apply(self._plan, found(self._plan, tensors, only=only), verdict.effect, grad_scale)
 
     def _stepped(self, verdict: engine.Verdict, skipped: bool) -> None:
         """The framework's step is over."""
@@ -368,9 +383,10 @@ class GradClipper:
             warn("clip() found no gradient on this rank: call it after backward() and before zero_grad().")
 
 
-def _as_rule(rule: object) -> Rule:
-    if isinstance(rule, Rule):
-        return rule
-    if isinstance(rule, bool) or not isinstance(rule, Real):
-        raise TypeError(f"rule must be a number (the largest global L2 norm) or a Rule, got {rule!r}")
-    return ClipByGlobalNorm(float(rule))
+def _as_scalar(loss: Tensor | float | None) -> Tensor | None:
+    if loss is None:
+        return None
+    scalar = torch.as_tensor(loss)
+    if scalar.numel() != 1:
+        raise ValueError(f"loss must be a scalar, got a tensor of shape {tuple(scalar.shape)}: pass its mean")
+    return scalar.detach().view(())

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from distclip.apply import clamp_, scale_
-from distclip.gradients import LocalGrads, check_limits, local_grads
+from distclip.apply import Effect, apply
+from distclip.gradients import LocalGrads, check_limits, check_rows, local_grads
+from distclip.groups import comm_device
 from distclip.plan import Plan
-from distclip.reduction import Failure, StalePlan, forewarn, measure
+from distclip.reduction import Failure, Seen, StalePlan, forewarn, measure
 from distclip.report import ClipReport
 from distclip.rules.base import Decision, Norms, Rule
+from distclip.rules.stages import Pass, passes_of
 
 NonFinite = Literal["propagate", "raise", "skip"]
 NONFINITE: tuple[NonFinite, ...] = get_args(NonFinite)
@@ -23,8 +26,7 @@ NONFINITE: tuple[NonFinite, ...] = get_args(NonFinite)
 
 def settings_of(rule: Rule) -> str:
     """What a plan is made for: ranks that differ in it would reduce buffers of different sizes."""
-    limits = ", limits elements" if rule.bounds is not None else ""
-    return f"norm_type={rule.norm_type}{', norms per tensor' if rule.needs_per_tensor else ''}{limits}"
+    return "; ".join(each.wants for each in passes_of(rule))
 
 
 def how_of(nonfinite: NonFinite) -> str:
@@ -32,10 +34,20 @@ def how_of(nonfinite: NonFinite) -> str:
     return f", nonfinite={nonfinite}"
 
 
-def clip(
-    plan: Plan, params: Sequence[Tensor], rule: Rule, nonfinite: NonFinite = "propagate", foreach: bool | None = None
-) -> ClipReport:
-    """Clip the gradients of ``params`` by ``rule`` in place. Collective: at most one all-reduce.
+@dataclass(frozen=True)
+class Moment:
+    """What of one step, besides gradients and rule, a verdict is made from."""
+
+    params: Sequence[Tensor]
+    nonfinite: NonFinite = "propagate"
+    grad_scale: Tensor | None = None
+    """What the gradients were multiplied by (a loss scale), 0-d; the verdict is on those without it."""
+    step: int = 0
+    loss: Tensor | None = None
+
+
+def clip(plan: Plan, rule: Rule, moment: Moment, foreach: bool | None = None) -> ClipReport:
+    """Clip the gradients of ``params`` by ``rule`` in place. Collective: one all-reduce at most for each pass.
 
     Host syncs: none, but for ``nonfinite="raise"`` on an accelerator, which waits for the norm.
 
@@ -43,9 +55,9 @@ def clip(
         RuntimeError: the norm is not finite and ``nonfinite="raise"``; on every rank, with no gradient changed.
         Failure: another rank cannot clip.
     """
-    grads = own_gradients(plan, params, rule, nonfinite)
-    verdict = judge(plan, grads, rule, nonfinite)
-    carry_out(plan, grads, rule, verdict, foreach=foreach)
+    grads = own_gradients(plan, rule, moment)
+    verdict = judge(plan, grads, rule, moment)
+    apply(plan, grads, verdict.effect, foreach=foreach)
     return verdict.report
 
 
@@ -55,80 +67,99 @@ class Verdict:
 
     total_norm: Tensor
     """0-d, float64 (the report's may be float32)."""
-    coefficient: Tensor | None
-    """As a rule decided it (see ``Decision``)."""
+    effect: Effect
+    """What is still to be done to them."""
     report: ClipReport
 
 
-def judge(
-    plan: Plan,
-    grads: dict[torch.device, LocalGrads],
-    rule: Rule,
-    nonfinite: NonFinite = "propagate",
-    grad_scale: Tensor | None = None,
-) -> Verdict:
-    """Measure the gradients and ask the rule. Changes nothing. Collective, and raises, as ``clip``.
+def judge(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, moment: Moment) -> Verdict:
+    """Measure the gradients and ask the rule. Collective, and raises, as ``clip``.
 
-    Args:
-        grad_scale: what the gradients were multiplied by (a loss scale), 0-d; the verdict is on those without it.
+    Changes nothing, but for the gradients of a rule that must see what its first part has made of them.
     """
-    norms = measure(plan, grads, rule, how_of(nonfinite))
-    if grad_scale is not None:
-        norms = norms.divided_by(grad_scale.to(norms.total.device))
-    found = ~norms.total.isfinite()
-    if nonfinite == "raise":
-        raise_if(found, rule.norm_type)
-    decision = rule.decide(norms)
-    report = report_of(plan, rule, norms, decision, found)
-    if nonfinite == "skip":
-        report = replace(report, skipped=found)
-    return Verdict(norms.total, decision.coefficient, report)
+    passes, scale = passes_of(rule), moment.grad_scale
+    seen = Seen(moment.params, _averaged(plan, moment.loss) if any(each.needs_loss for each in passes) else None)
+    outcomes: list[Outcome] = []
+    for wanted in passes:
+        if outcomes:
+            apply(plan, grads, outcomes[-1].effect, scale, unscale=False)
+        norms = measure(plan, grads, wanted, how_of(moment.nonfinite), seen=seen)
+        if scale is not None:
+            norms = norms.divided_by(scale.to(norms.total.device))
+        if not outcomes and moment.nonfinite == "raise":
+            raise_if(~norms.finite, rule.norm_type)
+        outcomes.append(outcome_of(plan, wanted, replace(norms, step=moment.step)))
+    found = ~outcomes[0].norms.finite
+    skips = [decision.skip for each in outcomes for decision in each.decisions if decision.skip is not None]
+    skipped = torch.stack(skips).any() if skips else torch.zeros_like(found)
+    for wanted in passes:
+        wanted.settle(skipped)
+    report = report_of(plan, outcomes, found, skipped | found if moment.nonfinite == "skip" else skipped)
+    return Verdict(outcomes[0].norms.total, outcomes[-1].effect, report)
 
 
-def carry_out(
-    plan: Plan,
-    grads: dict[torch.device, LocalGrads],
-    rule: Rule,
-    verdict: Verdict,
-    grad_scale: Tensor | None = None,
-    foreach: bool | None = None,
-) -> None:
-    """Change gradients, all or some, as the verdict on all says, and take ``grad_scale`` off them. Local."""
-    coefficient = None if rule.bounds is not None else _of_this_rank(plan, verdict.coefficient)
-    if grad_scale is not None:
-        scale = grad_scale.to(verdict.total_norm.device).double()
-        coefficient = scale.reciprocal() if coefficient is None else coefficient / scale
-    scale_(grads, coefficient, foreach)
-    if rule.bounds is not None and not known_to_be_one(verdict.coefficient):
-        clamp_(grads, rule.bounds, foreach)
+class Outcome(NamedTuple):
+    """What the rules of one pass decided."""
+
+    wanted: Pass
+    norms: Norms
+    decisions: list[Decision]
+    effect: Effect
 
 
-def known_to_be_one(coefficient: Tensor | None) -> bool:
-    """Whether nothing changes, where that can be seen without waiting for a device."""
-    return coefficient is None or (coefficient.device.type == "cpu" and bool((coefficient == 1.0).all()))
+def outcome_of(plan: Plan, wanted: Pass, norms: Norms) -> Outcome:
+    """Ask the rules of a pass."""
+    decisions = wanted.decide(norms)
+    names = plan.described.names if plan.described is not None else ()
+    limits = wanted.stages[-1].limits(names, norms.step)
+    return Outcome(wanted, norms, decisions, Effect.of(decisions, norms, limits))
+
+
+def _averaged(plan: Plan, loss: Tensor | None) -> Tensor | None:
+    """A loss as all replicas have it whom the norm's all-reduce does not reach (DDP's). Collective over these."""
+    if loss is None:
+        return None
+    reached = set(plan.participants.ranks) if plan.participants.group is not None else set()
+    others = {group.ranks: group for layout in plan.layouts for group in layout.replicated}
+    for ranks, group in sorted(others.items()):
+        if not reached.issuperset(ranks):
+            wire = comm_device(group.group, accelerated=loss.device.type != "cpu")
+            loss = loss.detach().to(wire, torch.float64, copy=True)
+            dist.all_reduce(loss, group=group.group)
+            loss = loss / len(ranks)
+    return loss
 
 
 def own_gradients(
     plan: Plan,
-    params: Sequence[Tensor],
     rule: Rule,
-    nonfinite: NonFinite,
+    moment: Moment,
     find: Callable[[Plan, Sequence[Tensor]], dict[torch.device, LocalGrads]] = local_grads,
 ) -> dict[torch.device, LocalGrads]:
     """This rank's gradients; where they cannot be clipped, the others learn of it before this rank raises."""
-    how = how_of(nonfinite)
+    first, how = passes_of(rule)[0], how_of(moment.nonfinite)
     try:
         if plan.settled:
-            forewarn(plan, rule, how)
-        grads = find(plan, params)
-        if rule.bounds is not None:
-            check_limits(plan, grads, rule.bounds)
+            forewarn(plan, first, how)
+        grads = find(plan, moment.params)
+        check_clippable(plan, grads, rule, moment.step)
     except (StalePlan, Failure):
         raise
     except Exception:
         tell(plan, rule, how, Failure)
         raise
     return grads
+
+
+def check_clippable(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, step: int) -> None:
+    """Raise TypeError, naming the parameter, where the rule is not defined for a gradient."""
+    for wanted in passes_of(rule):
+        names = plan.described.names if plan.described is not None else ()
+        limits = wanted.stages[-1].limits(names, step)
+        if limits is not None:
+            check_limits(plan, grads, limits)
+        if wanted.needs_units or wanted.needs_means:
+            check_rows(plan, grads, wanted.needs_means)
 
 
 def tell(plan: Plan, rule: Rule, how: str, trouble: type[Exception]) -> None:
@@ -138,17 +169,11 @@ def tell(plan: Plan, rule: Rule, how: str, trouble: type[Exception]) -> None:
     """
     if plan.wire is not None and plan.wire.type == "cpu" and plan.participants.is_current:
         with contextlib.suppress(StalePlan, Failure):
+            first = passes_of(rule)[0]
             if plan.settled:
-                forewarn(plan, rule, how, trouble)
+                forewarn(plan, first, how, trouble)
             else:
-                measure(plan, {}, rule, how, trouble)
-
-
-def _of_this_rank(plan: Plan, coefficient: Tensor | None) -> Tensor | None:
-    """Of one coefficient for each tensor of the job, those for this rank's."""
-    if coefficient is None or coefficient.ndim == 0:
-        return coefficient
-    return coefficient[plan.slots.to(coefficient.device)]
+                measure(plan, {}, first, how, trouble)
 
 
 def raise_if(found: Tensor, norm_type: float) -> None:
@@ -166,34 +191,36 @@ def returned(plan: Plan, norm: Tensor) -> Tensor:
     return norm if plan.float64 else norm.float()
 
 
-def report_of(plan: Plan, rule: Rule, norms: Norms, decision: Decision, found: Tensor) -> ClipReport:
-    """What a clip did that measured ``norms`` and applied ``decision``."""
+def report_of(plan: Plan, outcomes: Sequence[Outcome], found: Tensor, skipped: Tensor) -> ClipReport:
+    """What a clip did that went through these passes."""
+    norms, last = outcomes[0].norms, outcomes[-1]
+    factors = [each.effect.smallest for each in outcomes]
     coefficient = torch.ones_like(norms.total)
-    if decision.coefficient is not None and decision.coefficient.numel():
-        coefficient = decision.coefficient.amin()
+    for factor in factors:
+        coefficient = coefficient if factor is None else coefficient * factor
     per_tensor = None
     if norms.per_tensor is not None:
         per_tensor = dict(
             zip(plan.tensors, norms.per_tensor[plan.slots.to(norms.per_tensor.device)].unbind(), strict=True)
         )
+    # A rule that only skips holds nothing to its threshold, unless it is alone.
+    told = [decision for each in outcomes for decision in each.decisions]
+    thresholds = [decision.threshold for decision in told if decision.skip is None] or [told[-1].threshold]
     return ClipReport(
         total_norm=returned(plan, norms.total),
         coefficient=coefficient,
-        threshold=decision.threshold,
+        threshold=thresholds[-1],
         clipped=coefficient < 1.0,
         nonfinite=found,
-        skipped=torch.zeros_like(found),
-        clipped_norm=None if rule.bounds is not None else returned(plan, _after(norms, decision, rule.norm_type)),
+        skipped=skipped,
+        clipped_norm=returned(plan, _after(last)) if last.effect.scales_only else None,
         per_tensor=per_tensor,
     )
 
 
-def _after(norms: Norms, decision: Decision, p: float) -> Tensor:
-    """The total norm that the decision leaves."""
-    if decision.coefficient is None:
-        return norms.total
-    if decision.coefficient.ndim == 0:
-        return norms.total * decision.coefficient
-    assert norms.per_tensor is not None
-    norm: Tensor = torch.linalg.vector_norm(norms.per_tensor * decision.coefficient, p)
-    return norm
+def _after(outcome: Outcome) -> Tensor:
+    """The total norm that a pass leaves."""
+    norms = outcome.norms
+    for decision in outcome.decisions:
+        norms = norms.after(decision.coefficient)
+    return norms.total

@@ -15,8 +15,9 @@ from distclip.gradients import check_limits, local_grads
 from distclip.layout.declared import Group, as_rank_group
 from distclip.layout.dtensor import is_dtensor
 from distclip.parameters import Parameters, split
-from distclip.rules.base import checked
-from distclip.rules.norm import ClipByGlobalNorm, clip_coefficient, value_bounds
+from distclip.rules.norm import ClipByGlobalNorm, clip_coefficient
+from distclip.rules.thresholds import checked
+from distclip.rules.value import value_bounds
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def clip_grad_norm_(
     plan = plan_for(modules, params, engine.settings_of(rule), as_rank_group("pipeline_group", pipeline_group))
     nonfinite: engine.NonFinite = "raise" if error_if_nonfinite else "propagate"
     refuse_scaled(params)
-    report = engine.clip(plan, params, rule, nonfinite, foreach)
+    report = engine.clip(plan, rule, engine.Moment(params, nonfinite), foreach)
     tell(params, report.nonfinite)
     return report.total_norm
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from distclip.layout import GradLayout, Piece
-from distclip.layout.dtensor import is_dtensor, kinds, reduced
+from distclip.layout.dtensor import is_dtensor, kinds, reduced, row_index
 from distclip.plan import Plan
+from distclip.rules.base import Limits
 
 
 @dataclass
@@ -23,6 +24,8 @@ class LocalGrads:
     """For each piece, the place of its tensor in ``Plan.tensors``."""
     sparse: list[str] = field(default_factory=list)
     """Names of the tensors of which only the stored values are here."""
+    rows: list[Tensor | None] = field(default_factory=list)
+    """For each piece, which rows of its tensor are in it; None where all are, it is flat, or nobody asks for rows."""
     riding: dict[int, Tensor] = field(default_factory=dict)
     """Parts of Partial gradients by the place of their tensor; they are among the pieces too, to be scaled."""
 
@@ -63,12 +66,42 @@ def found(
                 grads = result[part.device]
                 grads.pieces.append(part)
                 grads.places.append(place + offset)
+                grads.rows.append(_rows_in(plan, index, grad))
                 if layout.partial:
                     grads.riding[place + offset] = part
                 if grad.is_sparse:
                     grads.sparse.append(name)
         place += len(layout.pieces)
     return result
+
+
+def weights(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, LocalGrads]:
+    """This rank's parts of the trained parameters themselves, as ``found`` gives those of their gradients."""
+    result: dict[torch.device, LocalGrads] = defaultdict(LocalGrads)
+    place = 0
+    for index, (layout, param) in enumerate(zip(plan.layouts, params, strict=True)):
+        if param.requires_grad:
+            local: Tensor | None = param._local_tensor if is_dtensor(param) else param.detach()
+            if layout.weights is not None:
+                local = layout.weights(param)
+            if local is not None:
+                for offset, part in parts_of(local, layout.pieces):
+                    held = result[part.device]
+                    held.pieces.append(part)
+                    held.places.append(place + offset)
+                    held.rows.append(_rows_in(plan, index, param))
+        place += len(layout.pieces)
+    return result
+
+
+def _rows_in(plan: Plan, index: int, tensor: Tensor) -> Tensor | None:
+    """Which rows of a DTensor (a parameter or its gradient) this rank has."""
+    if not plan.by_rows or not is_dtensor(tensor) or tensor.ndim < 2:
+        return None
+    key = (index, tensor.placements)
+    if key not in plan.rows:
+        plan.rows[key] = row_index(tensor)
+    return plan.rows[key]
 
 
 def grad_of(param: Tensor, layout: GradLayout) -> Tensor | None:
@@ -96,20 +129,34 @@ def settled(plan: Plan, params: Sequence[Tensor]) -> dict[int, Tensor]:
     return result
 
 
-def check_limits(plan: Plan, grads: dict[torch.device, LocalGrads], bounds: tuple[float, float]) -> None:
-    """Raise TypeError, naming the parameter, where its elements cannot be limited to ``bounds``."""
-    low, high = bounds
+def check_limits(plan: Plan, grads: dict[torch.device, LocalGrads], limits: Limits) -> None:
+    """Raise TypeError, naming the parameter, where its elements cannot be limited."""
     for local in grads.values():
+        sparse = set(local.sparse)
         for piece, place in zip(local.pieces, local.places, strict=True):
+            bounds, name = plan.limit_of(place, limits), plan.tensors[place]
+            if bounds is None:
+                continue
             if piece.is_complex():
+                raise TypeError(f"the gradient of {name} is complex: its elements have no order to clip by")
+            if name in sparse and not bounds[0] <= 0 <= bounds[1]:
                 raise TypeError(
-                    f"the gradient of {plan.tensors[place]} is complex: its elements have no order to clip by"
+                    f"the gradient of {name} is sparse, but clip_value bounds {bounds} leave out 0, which all elements "
+                    "that are not stored have"
                 )
-        if local.sparse and not low <= 0 <= high:
-            raise TypeError(
-                f"the gradient of {local.sparse[0]} is sparse, but clip_value bounds {bounds} leave out 0, which all "
-                "elements that are not stored have"
-            )
+
+
+def check_rows(plan: Plan, grads: dict[torch.device, LocalGrads], means: bool) -> None:
+    """Raise TypeError, naming the parameter, where a gradient has no rows that a rule could look at."""
+    joined = [name for name, layout in zip(plan.names, plan.layouts, strict=True) if layout.joined]
+    if joined:
+        raise TypeError(f"{joined[0]} is declared joined=True: nobody knows its rows, which this rule looks at")
+    for local in grads.values():
+        if local.sparse:
+            raise TypeError(f"the gradient of {local.sparse[0]} is sparse: this rule looks at the rows of dense ones")
+        for piece, place in zip(local.pieces, local.places, strict=True):
+            if means and piece.is_complex():
+                raise TypeError(f"the gradient of {plan.tensors[place]} is complex: this rule takes means of real ones")
 
 
 def version_of(grad: Tensor) -> int:

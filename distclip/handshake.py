@@ -45,6 +45,8 @@ class Agreement:
     placed: list[int]
     """How the tensor's gradient is placed, told by whichever ranks have one."""
     facts: Facts
+    alike: bool = True
+    """Whether all participants listed the same tensors in the same order."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def agree(wire: Wire, entries: Sequence[Entry], facts: Facts) -> Agreement:
     _check(wire, entries, identities.view(-1, 1), holders, index, rows)
     slots = torch.searchsorted(identities, mine[:, 0].contiguous())
     placed = torch.zeros_like(identities).scatter_reduce(0, index, rows[:, 3], "amax")
-    return Agreement(holders[slots].tolist(), slots.tolist(), len(identities), placed[slots].tolist(), facts)
+    return Agreement(holders[slots].tolist(), slots.tolist(), len(identities), placed[slots].tolist(), facts, False)
 
 
 def _check(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from distclip import engine
-from distclip.apply import clamp_, scale_
+from distclip.apply import Effect, apply, scale_
 from distclip.gradients import check_limits, local_grads, version_of
 from distclip.groups import comm_device
 from distclip.kernels.common import WIDE
@@ -31,6 +31,7 @@ from distclip.participants import Participants, connect
 from distclip.plan import Plan
 from distclip.reduction import LocalSums, combined, forewarn, local_sums
 from distclip.rules.base import Decision, Rule
+from distclip.rules.stages import passes_of
 
 if TYPE_CHECKING:
     from distclip.clipper import GradClipper
@@ -51,8 +52,9 @@ class InBackward:
         self._previous = previous_norm
         self._how = f", in backward{' by the previous norm' if previous_norm else ''}"
         _check_layouts(plan, params)
-        forewarn(plan, self._rule, self._how)
-        alone = previous_norm or self._rule.bounds is not None
+        (self._wanted,) = passes_of(self._rule)
+        forewarn(plan, self._wanted, self._how)
+        alone = previous_norm or self._rule.limits_elements
         self._tensors = dict(_one_by_one(plan, params.tensors, communicate=not alone))
         self._slots = plan.slots.tolist()
         self._wire = plan.device if plan.wire is None else plan.wire
@@ -110,18 +112,19 @@ class InBackward:
         if is_dtensor(param) and is_dtensor(param.grad) and kinds(param.grad) != kinds(param):
             param.grad = reduced(param, kinds(param.grad))
         grads = local_grads(plan, [param])
-        if self._rule.bounds is not None:
-            check_limits(plan, grads, self._rule.bounds)
+        limits = self._rule.limits(plan.tensors, self._step())
+        if limits is not None:
+            check_limits(plan, grads, limits)
         device = next(iter(grads), plan.device)
-        local = local_sums(plan, grads, self._rule, device if plan.wire is None else plan.wire)
+        local = local_sums(plan, grads, self._wanted, device if plan.wire is None else plan.wire)
         self._add(tensor, local)
-        if self._rule.bounds is not None:
-            clamp_(grads, self._rule.bounds)
+        if limits is not None:
+            apply(plan, grads, Effect(limits=limits))
         elif self._previous:
             scale_(grads, _of_slot(self._carried.coefficient, slot))
         else:
-            norms = combined(plan, local, self._rule, device, self._how)
-            scale_(grads, self._rule.decide(norms).coefficient)
+            norms = combined(plan, local, self._wanted, device, self._how)
+            scale_(grads, self._rule.decide(replace(norms, step=self._step())).coefficient)
         setattr(param.grad, _CLIPPED, version_of(param.grad))
 
     def _begin(self) -> None:
@@ -149,9 +152,13 @@ class InBackward:
                     f"clip_in_backward(). {_AGAIN}"
                 )
 
+    def _step(self) -> int:
+        clipper = self._clipper()
+        return 0 if clipper is None else clipper.steps
+
     def _nothing(self) -> LocalSums:
         zeros = partial(torch.zeros, dtype=torch.float64, device=self._wire)
-        extremes = None if self._rule.bounds is None else torch.full_like(zeros(2), -math.inf)
+        extremes = torch.full_like(zeros(2), -math.inf) if self._rule.limits_elements else None
         return LocalSums(zeros(len(self._plan.tensors)), zeros(3), extremes)
 
     def _add(self, tensor: int, local: LocalSums) -> None:
@@ -175,12 +182,17 @@ class InBackward:
             self._refuse_unhooked(ModuleParameters(params.modules, may_be_empty=True), params)
         if not math.isinf(self._rule.norm_type):
             self._sums.powers.mul_(self._plan.shares.to(self._wire))
-        norms = combined(self._plan, self._sums, self._rule, self._plan.device, self._how)
-        decision = self._rule.decide(norms)
-        finite = norms.total.isfinite()
-        applied = self._carried if self._previous else decision
+        norms = replace(combined(self._plan, self._sums, self._wanted, self._plan.device, self._how), step=self._step())
+        outcome = engine.outcome_of(self._plan, self._wanted, norms)
+        finite = norms.finite
+        skipped = torch.zeros_like(finite)
+        self._wanted.settle(skipped)
+        decision = _together(outcome)
         if clipper is not None:
-            clipper.report = engine.report_of(self._plan, self._rule, norms, applied, ~finite)
+            if self._previous:
+                effect = replace(outcome.effect, coefficient=self._carried.coefficient)
+                outcome = outcome._replace(decisions=[self._carried], effect=effect)
+            clipper.report = engine.report_of(self._plan, [outcome], ~finite, skipped)
             clipper.steps += 1
         if self._previous:
             self._carried = _where(finite, decision, self._carried)
@@ -203,9 +215,15 @@ def check_settings(
             "clip_in_backward() cannot serve pipeline_group: stages end their backward() one after the other, and "
             "would wait for each other. Use clip() after the schedule's step."
         )
-    if rule.bounds is not None and previous_norm:
+    mixed = len(rule.stages) > 1 and any(stage.limits_elements for stage in rule.stages)
+    if mixed or len(passes_of(rule)) > 1 or any(_needs_all(stage) for stage in rule.stages):
+        raise ValueError(
+            f"clip_in_backward() cannot serve {rule!r}, which skips steps, looks at rows or measures more than once. "
+            "Use clip() after backward()."
+        )
+    if rule.limits_elements and previous_norm:
         raise ValueError(f"previous_norm=True means nothing to {rule!r}, which limits each element: leave it out")
-    if rule.bounds is None and not rule.separable and not previous_norm:
+    if not rule.limits_elements and not rule.separable and not previous_norm:
         raise ValueError(
             f"{rule!r} needs the norm over all gradients, which nobody knows before backward() ends. Either use a rule "
             "that looks at one tensor at a time (ClipByNorm, ClipByValue), or clip_in_backward(previous_norm=True), "
@@ -271,6 +289,7 @@ def _one_by_one(plan: Plan, params: list[Tensor], communicate: bool) -> Iterator
                 slots=torch.zeros(1, dtype=torch.int64),
                 slot_count=1,
                 shares=torch.ones(1, dtype=torch.float64),
+                described=None if plan.described is None else plan.described.part((int(plan.slots[tensor]),)).tensors,
                 participants=known[groups],
                 guards=frozenset(),
                 device=param.device,
@@ -307,6 +326,16 @@ def _at_the_end(callback: Callable[[], None]) -> None:
 
 def _of_slot(coefficient: Tensor | None, slot: int) -> Tensor | None:
     return coefficient if coefficient is None or coefficient.ndim == 0 else coefficient[slot]
+
+
+def _needs_all(rule: Rule) -> bool:
+    """Whether it asks for what hooks of single tensors cannot give."""
+    return rule.may_skip or rule.needs_units or rule.needs_means or rule.needs_extremes or rule.needs_loss
+
+
+def _together(outcome: engine.Outcome) -> Decision:
+    """The decisions of a pass as one."""
+    return replace(outcome.decisions[-1], coefficient=outcome.effect.coefficient)
 
 
 def _where(finite: Tensor, new: Decision, old: Decision) -> Decision:

@@ -118,7 +118,7 @@ class Fold:
         Args:
             optimizers: those that will step.
             grad_scale: what to divide the gradients by; 0-d.
-            found_inf: a 0-d bool: whether to leave the step out. None where nobody asks, or a GradScaler sets it.
+            found_inf: a 0-d bool: whether to leave the step out. None where nobody asks. A GradScaler's own is added.
             instead: scales the gradients in place, for a step with a closure, which makes new ones.
         """
         self._grad_scale = grad_scale.to(torch.float32)
@@ -155,7 +155,12 @@ class Fold:
             self._instead()
             return
         optimizer.grad_scale = self._grad_scale
-        if not scaled:
+        if scaled:
+            if self._found_inf is not None:
+                # The scaler's notes stay as they are: what a rule skips is no reason to shrink the scale.
+                own = self._found_inf.to(optimizer.found_inf.device)
+                optimizer.found_inf = torch.maximum(optimizer.found_inf, own)
+        else:
             optimizer.found_inf = self._found_inf
             self._set.add(optimizer)
 

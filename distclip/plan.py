@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,8 @@ from distclip.layout import GradLayout, Piece, RankGroup, layout_of, traits
 from distclip.layout.declared import Declaration, declared_of, version
 from distclip.layout.dtensor import decoded, encoded, is_dtensor, kinds
 from distclip.participants import Participants, connect
+from distclip.rules.base import Bounds, Limits
+from distclip.rules.tensors import Tensors
 
 # Partial gradients of up to so many elements are summed in the norm's own all-reduce.
 _RIDES = 1 << 17
@@ -42,6 +46,14 @@ class Plan:
     slot_count: int
     shares: Tensor
     """For each tensor, one over the number of participants that hold the same piece of it as this rank; float64."""
+    pieces: tuple[Piece, ...]
+    """What of each this rank has."""
+    weight_shares: Tensor
+    """As ``shares``, of the parameters themselves, where their gradients are placed otherwise."""
+    described: Tensors | None
+    """Names and shapes of all tensors of the job, in the order of their slots; None where no rule asks for them."""
+    by_rows: bool
+    """Whether a rule looks at rows."""
     riding: dict[int, float]
     """Tensors whose Partial gradients are summed in the norm's all-reduce, and the factor of this rank's part."""
     participants: Participants
@@ -61,6 +73,12 @@ class Plan:
     """What was declared of them."""
     version: int
     """Of all declarations, when these were looked at last."""
+    rows: dict[tuple[int, object], Tensor | None] = field(default_factory=dict)
+    """By place and placements of a DTensor parameter or gradient, which rows this rank has; filled as they are seen."""
+
+    def limit_of(self, place: int, limits: Limits) -> Bounds | None:
+        """What the elements of a tensor of this rank are limited to; None for nothing."""
+        return limits if isinstance(limits, tuple) else limits.get(int(self.slots[place]))
 
     def holds_for(self, params: Sequence[Tensor]) -> bool:
         """Whether nothing has changed since, given that ``params`` are the same objects."""
@@ -80,6 +98,8 @@ def make_plan(
     settings: str = "",
     pipeline: RankGroup | None = None,
     linear: bool = True,
+    describe: bool = False,
+    by_rows: bool = False,
 ) -> Plan:
     """Build the plan. Collective over the groups that layouts and ``pipeline`` name.
 
@@ -89,6 +109,8 @@ def make_plan(
         settings: what must be the same on all participants besides.
         pipeline: the ranks that hold the stages of a pipeline.
         linear: whether gradients are only scaled, so that Partial ones can stay so.
+        describe: whether every rank is to know the names and shapes of all tensors of the job.
+        by_rows: whether rows of tensors are looked at.
 
     Raises:
         RuntimeError: the ranks disagree (on all of them); a parameter's layout cannot be known.
@@ -100,10 +122,12 @@ def make_plan(
     participants = connect(groups, settings + stages)
     agreement = _agreed(names, params, layouts, participants, pipeline)
     facts = agreement.facts
+    weight_cuts = [piece_of.layout.distinct for piece_of in tensors_of(names, params, layouts)]
     layouts, settled = _as_placed(params, layouts, agreement, linear)
     tensors = list(tensors_of(names, params, layouts))
     held = list(zip(tensors, agreement.holders, strict=True))
     shares = [tensor.layout.distinct / holders if facts.reduces else 1.0 for tensor, holders in held]
+    weight_shares = [cut / holders for cut, holders in zip(weight_cuts, agreement.holders, strict=True)]
     return Plan(
         names=tuple(names),
         layouts=tuple(layouts),
@@ -113,6 +137,10 @@ def make_plan(
         slots=torch.tensor(agreement.slots, dtype=torch.int64),
         slot_count=agreement.slot_count,
         shares=torch.tensor(shares, dtype=torch.float64),
+        pieces=tuple(tensor.piece for tensor in tensors),
+        weight_shares=torch.tensor(weight_shares if facts.reduces else [1.0] * len(tensors), dtype=torch.float64),
+        described=_described(tensors, agreement, participants, pipeline) if describe else None,
+        by_rows=by_rows,
         riding={place: _part(t.layout, holders) for place, (t, holders) in enumerate(held) if t.layout.partial},
         participants=participants if facts.reduces else Participants(),
         guards=frozenset(layout.guard for layout in layouts if layout.guard is not None),
@@ -124,6 +152,30 @@ def make_plan(
         declarations=[declared_of(param) for param in params],
         version=version(),
     )
+
+
+def _described(
+    tensors: Sequence[Held], agreement: Agreement, participants: Participants, pipeline: RankGroup | None
+) -> Tensors:
+    """Names and shapes of all tensors of the job. Collective, unless all ranks have the same."""
+    rows = []
+    for tensor, slot, holders in zip(tensors, agreement.slots, agreement.holders, strict=True):
+        # Of a tensor whose pieces are declared joined nobody knows the shape: their sizes tell its own.
+        part = tensor.piece.shape.numel() * tensor.layout.distinct / holders if tensor.layout.joined else None
+        rows.append((slot, tensor.name, identity_of(tensor, pipeline), list(tensor.piece.shape), part))
+    plain = not any(tensor.layout.joined or tensor.layout.tie is not None for tensor in tensors)
+    if participants.group is not None and not (agreement.alike and plain):
+        told = Wire(participants.ranks, participants.group).texts(json.dumps(rows))
+        rows = [row for text in told for row in json.loads(text)]
+    names = dict.fromkeys(range(agreement.slot_count), "")
+    identities, shapes, sizes = dict(names), dict.fromkeys(names, torch.Size()), dict.fromkeys(names, 0.0)
+    for slot, name, identity, shape, part in reversed(rows):
+        names[slot], identities[slot] = name, identity
+        sizes[slot] += part or 0.0
+        shapes[slot] = torch.Size(shape if part is None else [round(sizes[slot])])
+    often = Counter(names.values())
+    unique = [name if often[name] == 1 else identities[slot] for slot, name in names.items()]
+    return Tensors(unique, list(shapes.values()), torch.device("cpu"))
 
 
 def _wire(participants: Participants, facts: Facts) -> torch.device | None:

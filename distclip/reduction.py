@@ -9,19 +9,23 @@ included (which MAX loses on some backends).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distclip import rows
 from distclip.gradients import LocalGrads
 from distclip.handshake import Wire, digest
 from distclip.kernels import kernels_for
 from distclip.kernels.common import WIDE
 from distclip.participants import Participants
 from distclip.plan import Plan
-from distclip.rules.base import Norms, Rule
+from distclip.rules.base import Norms
+from distclip.rules.stages import Pass
+from distclip.statistics import extremes_of, rows_of_weights, rows_sums
 
 # Between these p, |g|**p of every finite bf16, fp16 and fp32 value (1e-45 to 3e38) stays inside float64, and so does
 # the p-th root of the sum.
@@ -41,15 +45,17 @@ class Failure(RuntimeError):
 def measure(
     plan: Plan,
     grads: dict[torch.device, LocalGrads],
-    rule: Rule,
+    wanted: Pass,
     how: str = "",
     trouble: type[Exception] | None = None,
+    seen: Seen | None = None,
 ) -> Norms:
-    """The norms that ``rule`` asks for, the same bits on every participant. Collective: one all-reduce at most.
+    """The norms that are ``wanted``, the same bits on every participant. Collective: one all-reduce at most.
 
     Args:
         how: what else must be the same on all ranks in this clip.
         trouble: StalePlan or Failure, where this rank takes part only to tell the others of it.
+        seen: what else of this step is asked for.
 
     Returns:
         Norms on the device of the first gradient (of the first parameter where this rank has none).
@@ -61,7 +67,15 @@ def measure(
     """
     device = next(iter(grads), plan.device)
     wire = device if plan.wire is None else plan.wire
-    return combined(plan, local_sums(plan, grads, rule, wire), rule, device, how, trouble)
+    return combined(plan, local_sums(plan, grads, wanted, wire, seen), wanted, device, how, trouble)
+
+
+class Seen(NamedTuple):
+    """What a rule may ask for besides gradients."""
+
+    params: Sequence[Tensor] = ()
+    loss: Tensor | None = None
+    """Of this rank; 0-d."""
 
 
 class LocalSums(NamedTuple):
@@ -73,44 +87,72 @@ class LocalSums(NamedTuple):
     """How many of these sums left float64, see ``_range_flags``; shape ``(3,)``."""
     extremes: Tensor | None = None
     """The largest of -g and of g, shape ``(2,)``, where the rule limits elements."""
+    others: dict[str, Tensor] = {}  # noqa: RUF012  # never written to
+    """Its share of what else is added up, by name."""
+    per_tensor_extremes: Tensor | None = None
+    """As ``extremes``, of each tensor of the job; shape ``(tensors, 2)``."""
     riding: Tensor | None = None
     """Its parts of the Partial gradients that ride, end to end."""
 
 
-def local_sums(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, wire: torch.device) -> LocalSums:
-    """Read this rank's gradients, once; the sums lie on ``wire``. Never communicates."""
+def local_sums(
+    plan: Plan, grads: dict[torch.device, LocalGrads], wanted: Pass, wire: torch.device, seen: Seen | None = None
+) -> LocalSums:
+    """Read this rank's gradients, once for each kind of statistic; the sums lie on ``wire``. Never communicates."""
     return LocalSums(
-        *_powers(plan, grads, rule.norm_type, wire),
-        extremes=None if rule.bounds is None else _extremes(grads, wire),
+        *_powers(plan, grads, wanted.norm_type, wire),
+        extremes=_extremes(grads, wire) if wanted.limits_elements and not wanted.needs_extremes else None,
+        others=_others(plan, grads, wanted, wire, seen or Seen()),
+        per_tensor_extremes=extremes_of(plan, grads, wire) if wanted.needs_extremes else None,
         riding=_parts(plan, grads, wire) if plan.riding else None,
     )
+
+
+def _others(
+    plan: Plan, grads: dict[torch.device, LocalGrads], wanted: Pass, wire: torch.device, seen: Seen
+) -> dict[str, Tensor]:
+    """What is added up besides the powers."""
+    found = {}
+    if wanted.needs_units:
+        found["unit_norms"] = rows_sums(plan, grads, wire, rows.squares, plan.shares)
+        found["weight_norms"] = rows_of_weights(plan, seen.params, wire)
+    if wanted.needs_means:
+        found["unit_means"] = rows_sums(plan, grads, wire, rows.sums, plan.shares)
+    if wanted.needs_loss:
+        loss = torch.zeros(2, dtype=torch.float64, device=wire)
+        if seen.loss is not None:
+            loss[0], loss[1] = seen.loss.detach().to(wire, torch.float64), 1.0
+        found["loss"] = loss
+    return found
 
 
 def combined(
     plan: Plan,
     local: LocalSums,
-    rule: Rule,
+    wanted: Pass,
     device: torch.device,
     how: str = "",
     trouble: type[Exception] | None = None,
 ) -> Norms:
     """The norms, on ``device``, of what all participants summed. Collective; arguments and errors: see ``measure``."""
-    p, group, powers = rule.norm_type, plan.participants.group, local.powers
+    p, group, powers = wanted.norm_type, plan.participants.group, local.powers
     wire = powers.device
-    header = _header(rule.signature + how, trouble).to(wire)
-    sums = {"header": header, "range_flags": local.range_flags}
+    header = _header(wanted.signature + how, trouble).to(wire)
+    sums = {"header": header, "range_flags": local.range_flags, **local.others}
     maxima: dict[str, Tensor] = {}
     chosen = maxima if math.isinf(p) else sums
     chosen["total"] = _total(powers, p)
-    if rule.needs_per_tensor:
+    if wanted.needs_per_tensor:
         chosen["per_tensor"] = powers.new_zeros(plan.slot_count).index_add_(0, plan.slots.to(wire), powers)
     if local.extremes is not None:
         maxima["extremes"] = local.extremes
+    if local.per_tensor_extremes is not None:
+        maxima["per_tensor_extremes"] = local.per_tensor_extremes.view(-1)
     if local.riding is not None:
         sums["partial"] = local.riding
     reduced = _all_reduce(plan.participants, sums, maxima)
     if group is not None and wire.type == "cpu":
-        _check_header(plan, group, rule.signature + how, reduced["header"])
+        _check_header(plan, group, wanted.signature + how, reduced["header"])
     if plan.riding:
         _add_riding(plan, reduced, p)
     if _out_of_range(plan, p, reduced):
@@ -122,16 +164,41 @@ def combined(
     if not math.isinf(p):
         for name in norms.keys() & {"total", "per_tensor"}:
             norms[name] = norms[name].sqrt() if p == 2 else norms[name].pow(1.0 / p)
-    return Norms(norms["total"][0], norms.get("per_tensor"), norms.get("extremes"))
+    return _as_norms(plan, norms, wanted, device)
 
 
-def forewarn(plan: Plan, rule: Rule, how: str = "", trouble: type[Exception] | None = None) -> None:
+def _as_norms(plan: Plan, found: dict[str, Tensor], wanted: Pass, device: torch.device) -> Norms:
+    """What rules see of the sums."""
+    tensors = plan.described.to(device) if plan.described is not None and wanted.needs_tensors else None
+    extremes, by_tensor = found.get("extremes"), found.get("per_tensor_extremes")
+    if by_tensor is not None:
+        by_tensor = by_tensor.view(-1, 2)
+        extremes = by_tensor.amax(0) if len(by_tensor) else by_tensor.new_full((2,), -math.inf)
+    means, loss = found.get("unit_means"), found.get("loss")
+    if means is not None:
+        assert tensors is not None
+        means = means / tensors.unit_numels.clamp(min=1)
+    return Norms(
+        total=found["total"][0],
+        per_tensor=found.get("per_tensor"),
+        extremes=extremes,
+        per_tensor_extremes=by_tensor,
+        unit_norms=found["unit_norms"].sqrt() if wanted.needs_units else None,
+        weight_norms=found["weight_norms"].sqrt() if wanted.needs_units else None,
+        unit_means=means,
+        tensors=tensors,
+        loss=None if loss is None else loss[0] / loss[1],
+        norm_type=wanted.norm_type,
+    )
+
+
+def forewarn(plan: Plan, wanted: Pass, how: str = "", trouble: type[Exception] | None = None) -> None:
     """Exchange the header alone, before collectives that a rank in trouble will not come to. Raises as ``measure``."""
     group = plan.participants.group
     if group is not None and plan.wire is not None and plan.wire.type == "cpu":
-        header = _header(rule.signature + how, trouble)
+        header = _header(wanted.signature + how, trouble)
         dist.all_reduce(header, group=group)
-        _check_header(plan, group, rule.signature + how, header)
+        _check_header(plan, group, wanted.signature + how, header)
 
 
 def _header(text: str, trouble: type[Exception] | None) -> Tensor:
@@ -211,7 +278,8 @@ def _extremes(grads: dict[torch.device, LocalGrads], wire: torch.device) -> Tens
     """The largest of -g and of g, shape ``(2,)``."""
     ends = torch.full((2,), -math.inf, dtype=torch.float64, device=wire)
     for device, local in grads.items():
-        ends = torch.maximum(ends, kernels_for(device).extremes(local.pieces).to(wire))
+        each = kernels_for(device).extremes(local.pieces)
+        ends = torch.maximum(ends, each.amax(0).to(wire))
     return ends
 
 

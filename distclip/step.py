@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip import amp, engine
+from distclip.apply import apply
 from distclip.gradients import LocalGrads
 from distclip.gradients import found as found_grads
 from distclip.optimizers import Fold, can_fold, check_covered, fits_grad_scale
 from distclip.plan import Plan
-from distclip.rules.base import Rule
 
 
 class Stepping:
@@ -57,42 +57,46 @@ class Stepping:
         plan: Plan,
         params: Sequence[Tensor],
         grads: dict[torch.device, LocalGrads],
-        rule: Rule,
         verdict: engine.Verdict,
         scaler: torch.amp.GradScaler | None,
         grad_scale: Tensor | None,
-        skip: bool,
+        may_skip: bool,
     ) -> str:
-        """Do what the verdict says; returns how. Local. Waits for the device only to ``skip`` without a fused step."""
+        """Do what the verdict says; returns how. Local. Waits for the device only to skip without a fused step.
+
+        Args:
+            may_skip: whether the verdict can be to skip.
+        """
         if self._fold is not None:
             self._fold.drop()
             self._fold = None
-        found = verdict.report.nonfinite
+        found, skipped, effect = verdict.report.nonfinite, verdict.report.skipped, verdict.effect
         scaled = self.scales(scaler)
         if scaler is not None and scaled:
             amp.record(scaler, self.optimizers, found, by_clip=True)
         on_host = found.device.type == "cpu"
         if on_host and scaled and found:
             return "skipped"  # by the scaler
-        if on_host and grad_scale is None and engine.known_to_be_one(verdict.coefficient) and not found:
+        skips = on_host and may_skip and bool(skipped)
+        if on_host and grad_scale is None and effect.known_to_be_nothing and not found and not skips:
             return "nothing"
-        divisor = _divisor(verdict.coefficient, found, grad_scale) if rule.bounds is None else None
+        divisor = _divisor(effect.coefficient, found, grad_scale) if effect.scales_only else None
         if divisor is not None and can_fold(self.optimizers, params):
             self._fold = Fold(
                 self.optimizers,
                 divisor,
-                found if skip and not scaled else None,
+                skipped if may_skip else None,
                 # Not these gradients: holding them would keep them alive after zero_grad().
-                instead=lambda: engine.carry_out(plan, found_grads(plan, params), rule, verdict, grad_scale),
+                instead=lambda: apply(plan, found_grads(plan, params), effect, grad_scale),
             )
             self._folded_scale = grad_scale
             return "folded"
-        if skip and not scaled and found:
+        if may_skip and skipped:
             # Optimizers pass over parameters without gradient: no update, no decay, no step count.
             for param in params:
                 param.grad = None
             return "skipped"
-        engine.carry_out(plan, grads, rule, verdict, grad_scale)
+        apply(plan, grads, effect, grad_scale)
         return "in place"
 
 

@@ -100,7 +100,7 @@ def test_parse(text: str, rule: Rule) -> None:
     ("text", "message"),
     [
         ("globalnorm=1", "unknown name 'globalnorm'; did you mean 'global_norm'"),
-        ("xyz=1", "unknown name 'xyz'; known are global_norm, norm, value"),
+        ("xyz=1", "unknown name 'xyz'; known are global_norm, norm, value,"),
         ("", "unknown name ''"),
         ("global_norm=1,normtype=2", "unknown option 'normtype'; did you mean 'norm_type'"),
         ("norm=abc", "'abc' is not a number"),

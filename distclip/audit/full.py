@@ -26,8 +26,8 @@ from distclip.layout.declared import Group, as_rank_group, declared_of
 from distclip.parameters import ModuleParameters, as_modules
 from distclip.participants import connect
 from distclip.plan import Plan, make_plan
-from distclip.rules.base import checked
 from distclip.rules.norm import ClipByGlobalNorm
+from distclip.rules.thresholds import checked
 
 # The norm of the one collective is float32, its sums are float64.
 _NORM = 1e-6
@@ -225,7 +225,7 @@ def _measured(plan: Plan, params: Sequence[Tensor]) -> tuple[float, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what findings tell
-            return engine.clip(plan, params, ClipByGlobalNorm(math.inf)).total_norm.item(), ""
+            return engine.clip(plan, ClipByGlobalNorm(math.inf), engine.Moment(params)).total_norm.item(), ""
     except (RuntimeError, TypeError, OverflowError) as error:
         return math.nan, str(error)
     finally:

@@ -118,7 +118,7 @@ class EngineHooks:
         configured = engine._config._param_dict.get("gradient_clipping")
         if configured:
             warn(
-                f"gradient_clipping={configured} in DeepSpeed's configuration is off: {self._clipper.rule} of this "
+                f"gradient_clipping={configured} in DeepSpeed's configuration is off: {self._clipper.rule!r} of this "
                 "GradClipper holds instead. Remove it there to be rid of this warning."
             )
         self._take_step = engine._take_model_step
@@ -161,8 +161,8 @@ class EngineHooks:
             optimizer.clip_grad = 0.0  # loading a checkpoint may have set it
         if isinstance(optimizer, torch.optim.Optimizer):
             self._clip_plain(optimizer)
-        elif type(optimizer).__name__ in ("FP16_Optimizer", "FP16_UnfusedOptimizer"):
-            self._judged()
+        elif type(optimizer).__name__ in ("FP16_Optimizer", "FP16_UnfusedOptimizer") and self._judged().report.skipped:
+            self._overflow()
         self._take_step(lr_kwargs)
         verdict = self._judged()
         self._backward_scales = False
@@ -188,8 +188,16 @@ class EngineHooks:
         original(*args, **kwargs)
 
     def _overflows(self) -> bool:
-        verdict = self._judged()
-        return bool(verdict.report.nonfinite)
+        """Whether the optimizer is to leave the step out, which it does where it sees an overflow."""
+        report = self._judged().report
+        return bool(report.nonfinite | report.skipped)
+
+    def _overflow(self) -> None:
+        """Let an optimizer that looks for overflow by itself find one: it leaves out the step and drops gradients."""
+        for group in self._engine.optimizer.fp16_groups:
+            for param in group:
+                if param.grad is not None:
+                    param.grad.view(-1)[:1] = torch.inf
 
     def _check_overflow(self, partition_gradients: bool = True) -> None:
         self._engine.optimizer.overflow = self._overflows()

@@ -22,7 +22,8 @@ class Kernels(Protocol):
         """Sum of ``|x|**p`` over each tensor, for ``p = inf`` the largest ``|x|``; float64, shape ``(n,)``."""
 
     def extremes(self, tensors: list[Tensor]) -> Tensor:
-        """Largest of ``-x`` and of ``x`` over all tensors, float64, shape ``(2,)``; NaN where there is a NaN."""
+        """Largest of ``-x`` and of ``x`` in each tensor (complex: of ``|x|``), float64, shape ``(n, 2)``; NaN where
+        there is a NaN."""
 
     def scale_(self, tensors: list[Tensor], coefficients: Tensor, foreach: bool) -> None:
         """Multiply in place by one float64 coefficient for all (0-d), or by one for each."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import multi_scale
-from distclip.kernels.common import by_dtype, real
+from distclip.kernels.common import by_dtype, modulus, real
 
 _NATIVE_SCALARS = frozenset({torch.float32, torch.float64})
 
@@ -27,8 +27,8 @@ def power_sums(tensors: list[Tensor], p: float) -> Tensor:
 
 
 def extremes(tensors: list[Tensor]) -> Tensor:
-    low, high = torch.stack([torch.stack(torch.aminmax(tensor)).double() for tensor in tensors]).unbind(1)
-    return torch.stack((low.neg().amax(), high.amax()))
+    ends = [torch.stack(torch.aminmax(modulus(tensor))).double() for tensor in tensors]
+    return torch.stack(ends) * torch.tensor([-1.0, 1.0], device=ends[0].device)
 
 
 def scale_(tensors: list[Tensor], coefficients: Tensor, foreach: bool) -> None:

@@ -25,6 +25,11 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor) if tensor.is_complex() else tensor
 
 
+def modulus(tensor: Tensor) -> Tensor:
+    """The tensor itself, unless it is complex."""
+    return tensor.abs() if tensor.is_complex() else tensor
+
+
 def flat(tensor: Tensor) -> Tensor:
     """All elements in one dimension, in any order; without a copy for every layout that leaves no gaps."""
     if not tensor.is_contiguous():

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from distclip.kernels.common import WIDE, by_dtype, flat, real
+from distclip.kernels.common import WIDE, by_dtype, flat, modulus, real
 
 # Elements summed in float32 before float64 takes over: longer rows of equal values round to one side by over 1e-6.
 _ROW = 512
@@ -77,8 +77,8 @@ def _widened(part: Tensor) -> Tensor:
 
 
 def extremes(tensors: list[Tensor]) -> Tensor:
-    low, high = torch.stack([torch.stack(torch.aminmax(tensor)).double() for tensor in tensors]).unbind(1)
-    return torch.stack((low.neg().amax(), high.amax()))
+    ends = [torch.stack(torch.aminmax(modulus(tensor))).double() for tensor in tensors]
+    return torch.stack(ends) * torch.tensor([-1.0, 1.0], device=ends[0].device)
 
 
 def scale_(tensors: list[Tensor], coefficients: Tensor, foreach: bool) -> None:

@@ -49,6 +49,8 @@ class Piece:
     """Name of the tensor, relative to its parameter's module, where a parameter packs several tensors (FSDP1)."""
     span: tuple[int, int] | None = None
     """Offset and length in the flattened local gradient; None where the local gradient is this piece alone."""
+    start: int = 0
+    """Where a piece that is flat begins in the flattened tensor (what is cut as a matrix tells its rows by itself)."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class GradLayout:
     """Ordinal among the tensors declared replicated: such a tensor may bear another name on each stage."""
     local: Callable[[], Tensor | None] | None = field(default=None, compare=False, repr=False)
     """Finds this rank's part of the gradient where its system keeps it; None where that is ``.grad``."""
+    weights: Callable[[Tensor], Tensor | None] | None = field(default=None, compare=False, repr=False)
+    """Finds in the parameter what of it belongs to this rank's part of the gradient; None where that is all of it."""
     guard: Callable[[], None] | None = field(default=None, compare=False, repr=False)
     """Raises or warns where the gradients are not reduced over the ranks yet (inside ``no_sync``, say)."""
 

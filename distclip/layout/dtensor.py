@@ -10,6 +10,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 from torch import Tensor
 
 from distclip.layout.base import GradLayout, Piece, RankGroup
@@ -74,6 +75,33 @@ def reduced(param: DTensor, letters: str) -> Tensor:
         grad = DTensor.from_local(local, mesh, placements, shape=param.shape, stride=param.stride())
     assert is_dtensor(grad)
     return grad.redistribute(placements=param.placements)
+
+
+def row_index(tensor: DTensor) -> Tensor | None:
+    """Which rows (along dim 0) of the whole tensor are in this rank's part; None where all are.
+
+    Raises:
+        NotImplementedError: they cannot be told.
+    """
+    mesh, local = tensor.device_mesh, tensor._local_tensor
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    rows = torch.arange(tensor.shape[0])
+    for axis, placement in enumerate(tensor.placements):
+        # _StridedShard too has a dim, and its own way of splitting.
+        if mesh.size(axis) > 1 and getattr(placement, "dim", None) == 0:
+            parts, _ = placement._split_tensor(  # type: ignore[attr-defined]
+                rows, mesh.size(axis), with_padding=False, contiguous=False
+            )
+            rows = parts[coordinate[axis]]
+    if len(rows) == tensor.shape[0]:
+        return None
+    if len(rows) != local.shape[0]:
+        raise NotImplementedError(
+            f"a tensor of shape {tuple(tensor.shape)} is placed {tensor.placements} on a mesh of {tuple(mesh.shape)}, "
+            f"and this rank has {local.shape[0]} rows of it where {len(rows)} were expected: rules of rows cannot serve"
+        )
+    return rows
 
 
 def laid_out(param: DTensor, letters: str) -> GradLayout:

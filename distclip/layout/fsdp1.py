@@ -53,15 +53,17 @@ def _layouts(wrapper: FullyShardedDataParallel, handle: Any) -> Iterator[tuple[T
     if flat_param._params is None:
         yield flat_param, replace(layout, pieces=tuple(_flat_pieces(flat_param)))
         return
-    for param, shape in zip(flat_param._params, flat_param._shapes, strict=True):
-        yield param, replace(layout, pieces=(Piece(shape),))
+    columns = (flat_param._params, flat_param._shapes, flat_param._shard_param_infos)
+    for param, shape, info in zip(*columns, strict=True):
+        yield param, replace(layout, pieces=(Piece(shape, start=info.intra_param_start_idx or 0),))
 
 
 def _flat_pieces(flat_param: Any) -> Iterator[Piece]:
     """One piece a tensor, those of which this rank holds nothing included: every rank must list the same tensors."""
     columns = (flat_param._fqns, flat_param._shapes, flat_param._shard_param_infos)
     for name, shape, info in zip(*columns, strict=True):
-        yield Piece(shape, name, (info.offset_in_shard, info.numel_in_shard) if info.in_shard else (0, 0))
+        span = (info.offset_in_shard, info.numel_in_shard) if info.in_shard else (0, 0)
+        yield Piece(shape, name, span, info.intra_param_start_idx or 0)
 
 
 def _check_reduced(

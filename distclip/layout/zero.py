@@ -42,6 +42,10 @@ class Home(NamedTuple):
     """Whether each replica keeps its own part only."""
     local: Local | None
     """Finds this rank's part; None where that is ``param.grad``. Holds no reference to the parameter."""
+    start: int = 0
+    """Where this rank's part begins in the flattened parameter."""
+    weights: Callable[[Tensor], Tensor | None] | None = None
+    """This rank's part of a parameter; None where that is the parameter itself."""
 
 
 def is_engine(module: object) -> bool:
@@ -100,12 +104,18 @@ def _in_partition(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
         places: dict[int, int] = {}
         for param in params:
             local: Local = _nothing
+            start_in_param = numel = 0
             key = optimizer.get_param_id(param)
             if key in starts and param.numel():
-                start = int(starts[key])
-                numel = int(min(param.numel() - skipped[key], optimizer.partition_size[group] - start))
+                start, start_in_param = int(starts[key]), int(skipped[key])
+                numel = int(min(param.numel() - start_in_param, optimizer.partition_size[group] - start))
                 local = partial(_while_alive, ref, _part_1_2, group, places, start, numel)
-            yield Home(param, group, partitioned=True, local=local)
+            weights = partial(_span, start=start_in_param, numel=numel)
+            yield Home(param, group, partitioned=True, local=local, start=start_in_param, weights=weights)
+
+
+def _span(param: Tensor, start: int, numel: int) -> Tensor:
+    return param.detach().reshape(-1).narrow(0, start, numel)
 
 
 def _part_1_2(optimizer: Any, group: int, places: dict[int, int], start: int, numel: int) -> Tensor | None:
@@ -128,10 +138,15 @@ def _in_own_partition(optimizer: Any, ref: weakref.ref[Any]) -> Iterator[Home]:
             size = param.partition_numel()
             before = size * dist.get_rank(param.ds_process_group)
             numel = max(0, min(size, param.ds_numel - before))
-            yield Home(
-                param, group, partitioned=True, local=partial(_while_alive, ref, _part_3, group, index, start, numel)
-            )
+            local = partial(_while_alive, ref, _part_3, group, index, start, numel)
+            weights = partial(_partition, numel=numel)
+            yield Home(param, group, partitioned=True, local=local, start=min(before, param.ds_numel), weights=weights)
             start += size
+
+
+def _partition(param: Any, numel: int) -> Tensor:
+    partition: Tensor = param.ds_tensor
+    return partition.view(-1).narrow(0, 0, numel)
 
 
 def _part_3(optimizer: Any, group: int, index: int, start: int, numel: int) -> Tensor | None:
@@ -203,7 +218,7 @@ def _layout(engine: Any, param: Any, home: Home | None, guard: Callable[[], None
     partitioned = home is not None and home.partitioned
     return GradLayout(
         f"ZeRO-{stage}" if stage else "DeepSpeed",
-        (Piece(getattr(param, "ds_shape", param.shape)),),
+        (Piece(getattr(param, "ds_shape", param.shape), start=0 if home is None else home.start),),
         sharded=replicas if partitioned else (),
         replicated=() if partitioned else replicas,
         apart=experts,
@@ -211,6 +226,7 @@ def _layout(engine: Any, param: Any, home: Home | None, guard: Callable[[], None
         groups=replicas + experts if partitioned or experts else (),
         # A parameter that the optimizer has not (it is frozen) has no gradient that matters.
         local=_nothing if home is None else home.local,
+        weights=None if home is None else home.weights,
         guard=guard,
     )
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.rules.base import Decision, Norms, Rule, checked
+from distclip.rules.base import Decision, Norms, Rule, full, held_to
+from distclip.rules.thresholds import Threshold, checked, checked_threshold, threshold_at
 
 
 def clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor | None:
@@ -25,7 +26,7 @@ class ClipByGlobalNorm(Rule):
     ``g <- g * min(1, max_norm / (N + 1e-6))`` with ``N = || (||g_i||_p)_i ||_p`` over all tensors of the model.
 
     Args:
-        max_norm: the largest norm let through, at least 0; inf measures and changes nothing.
+        max_norm: the largest norm let through, at least 0; inf measures and changes nothing. Or a callable of the step.
         norm_type: p, any number above 0, or inf.
 
     Raises:
@@ -36,16 +37,42 @@ class ClipByGlobalNorm(Rule):
         ``torch.nn.utils.clip_grad_norm_``.
     """
 
-    max_norm: float
+    max_norm: Threshold
     norm_type: float = 2.0
 
     def __post_init__(self) -> None:
-        self.max_norm = checked("max_norm", self.max_norm)
+        self.max_norm = checked_threshold("max_norm", self.max_norm)
         self.norm_type = checked("norm_type", self.norm_type, above_zero=True)
 
     def decide(self, norms: Norms) -> Decision:
-        threshold = torch.full_like(norms.total, self.max_norm)
-        return Decision(clip_coefficient(self.max_norm, norms.total), threshold)
+        max_norm = threshold_at("max_norm", self.max_norm, norms.step)
+        return Decision(clip_coefficient(max_norm, norms.total), full(norms, max_norm))
+
+
+@dataclass
+class NormalizeGradient(Rule):
+    """Bring the global L2 norm to ``norm``, from above and from below: ``g <- g * norm / (N + 1e-6)``.
+
+    Gradients that are all 0 stay 0. An inf measures and changes nothing.
+
+    Args:
+        norm: c, at least 0, or a callable of the step.
+
+    Raises:
+        ValueError: ``norm`` is negative or NaN.
+
+    References:
+        optax ``normalize_by_update_norm``.
+    """
+
+    norm: Threshold = 1.0
+
+    def __post_init__(self) -> None:
+        self.norm = checked_threshold("norm", self.norm)
+
+    def decide(self, norms: Norms) -> Decision:
+        norm = threshold_at("norm", self.norm, norms.step)
+        return Decision(None if math.isinf(norm) else norm / (norms.total + 1e-6), full(norms, norm))
 
 
 @dataclass
@@ -55,7 +82,7 @@ class ClipByNorm(Rule):
     A non-finite tensor is scaled by 0 (inf) or left alone (NaN); the others are not touched by it.
 
     Args:
-        max_norm: c, at least 0; inf measures and changes nothing.
+        max_norm: c, at least 0; inf measures and changes nothing. Or a callable of the step.
 
     Raises:
         ValueError: ``max_norm`` is negative or NaN.
@@ -64,70 +91,80 @@ class ClipByNorm(Rule):
         ``tf.clip_by_norm``, Keras ``clipnorm``.
     """
 
-    max_norm: float
+    max_norm: Threshold
     needs_per_tensor = True
     separable = True
 
     def __post_init__(self) -> None:
-        self.max_norm = checked("max_norm", self.max_norm)
+        self.max_norm = checked_threshold("max_norm", self.max_norm)
 
     def decide(self, norms: Norms) -> Decision:
         assert norms.per_tensor is not None
-        above = norms.per_tensor > self.max_norm
-        coefficient = torch.where(above, self.max_norm / norms.per_tensor, 1.0)
-        return Decision(coefficient, torch.full_like(norms.total, self.max_norm))
+        max_norm = threshold_at("max_norm", self.max_norm, norms.step)
+        return Decision(held_to(max_norm, norms.per_tensor), full(norms, max_norm))
 
 
 @dataclass
-class ClipByValue(Rule):
-    """Limit every element: ``g <- max(min(g, hi), lo)``; NaN stays NaN.
-
-    The report's ``coefficient`` is the smallest factor that an element met (0 where a bound has turned its sign); its
-    ``threshold``  is the larger bound by
-    size. No element is written where all lie inside the bounds. DTensor gradients that are Partial are reduced first,
-    which costs one more collective for each.
+class ClipByAverageNorm(Rule):
+    """As ``ClipByNorm``, with the norm divided by the number of elements: ``g <- g * c / max(||g|| / numel, c)``.
 
     Args:
-        clip_value: c, at least 0, for the bounds -c and c; or a pair (lo, hi).
+        max_norm: c, at least 0; inf measures and changes nothing. Or a callable of the step.
 
     Raises:
-        ValueError: ``clip_value`` is negative or NaN, or lo > hi.
+        ValueError: ``max_norm`` is negative or NaN.
 
     References:
-        ``torch.nn.utils.clip_grad_value_``, ``tf.clip_by_value``, Keras ``clipvalue``, ``optax.clip``.
+        ``tf.clip_by_average_norm`` (of TensorFlow 1).
     """
 
-    clip_value: float | tuple[float, float]
+    max_norm: Threshold
+    needs_per_tensor = True
+    needs_tensors = True
+    separable = True
 
     def __post_init__(self) -> None:
-        value_bounds(self.clip_value)
-
-    @property
-    def bounds(self) -> tuple[float, float]:  # type: ignore[override]  # a rule without bounds has None there
-        return value_bounds(self.clip_value)
+        self.max_norm = checked_threshold("max_norm", self.max_norm)
 
     def decide(self, norms: Norms) -> Decision:
-        assert norms.extremes is not None
-        low, high = self.bounds
-        smallest, largest = -norms.extremes[0], norms.extremes[1]
-        # No factor turns an element that lies beyond a bound of the other sign into that bound: 0 stands for it.
-        above = high / largest if high >= 0 else torch.zeros_like(largest)
-        below = low / smallest if low <= 0 else torch.zeros_like(smallest)
-        # Asked this way round, a NaN is outside, and does not hide what else lies there.
-        above = torch.where(largest <= high, 1.0, above)
-        below = torch.where(smallest >= low, 1.0, below)
-        threshold = torch.full_like(norms.total, max(abs(low), abs(high)))
-        return Decision(torch.minimum(above, below), threshold)
+        assert norms.per_tensor is not None
+        assert norms.tensors is not None
+        max_norm = threshold_at("max_norm", self.max_norm, norms.step)
+        average = norms.per_tensor / norms.tensors.numels.clamp(min=1)
+        return Decision(held_to(max_norm, average), full(norms, max_norm))
 
 
-def value_bounds(clip_value: float | tuple[float, float]) -> tuple[float, float]:
-    """The pair (lo, hi) that ``clip_value`` means."""
-    if isinstance(clip_value, tuple | list):
-        if len(clip_value) != 2:
-            raise ValueError(f"clip_value must be a number or a pair (lo, hi), got {clip_value!r}")
-        low, high = (float(bound) for bound in clip_value)
-        if not low <= high:
-            raise ValueError(f"clip_value must be a pair (lo, hi) with lo <= hi, got {clip_value!r}")
-        return low, high
-    bound = checked("clip_value", clip_value)
-    return -bound, bound
+@dataclass
+class ClipByBlockRMS(Rule):
+    """Hold the root mean square of each tensor's elements to ``max_rms``: ``g <- g / max(1, rms(g) / d)``.
+
+    Args:
+        max_rms: d, at least 0; inf measures and changes nothing. Or a callable of the step.
+
+    Raises:
+        ValueError: ``max_rms`` is negative or NaN.
+
+    References:
+        Shazeer & Stern, "Adafactor" (arXiv 1804.04235); optax ``clip_by_block_rms``.
+    """
+
+    max_rms: Threshold
+    needs_per_tensor = True
+    needs_tensors = True
+    separable = True
+
+    def __post_init__(self) -> None:
+        self.max_rms = checked_threshold("max_rms", self.max_rms)
+
+    def decide(self, norms: Norms) -> Decision:
+        assert norms.per_tensor is not None
+        assert norms.tensors is not None
+        max_rms = threshold_at("max_rms", self.max_rms, norms.step)
+        rms = norms.per_tensor / norms.tensors.numels.clamp(min=1).sqrt()
+        return Decision(held_to(max_rms, rms), full(norms, max_rms))
+
+
+def coefficient_within(threshold: Tensor, norms: Norms) -> Tensor:
+    """``min(1, threshold / (N + 1e-6))`` for a threshold from history; 1 where there is none (NaN or inf) yet."""
+    factor = (threshold / (norms.total + 1e-6)).clamp(max=1.0)
+    return torch.where(threshold.isfinite(), factor, 1.0)

@@ -1,0 +1,157 @@
+"""State that a rule carries from step to step: tensors on the device of the norms, and never a look at them.
+
+A step teaches a rule something only if it counts: non-finite norms never enter (the rule leaves them out by itself),
+and what a step taught is forgotten when it turns out to be skipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from distclip.rules.base import Norms, Rule
+
+State = dict[str, Tensor]
+
+_NAMES = "names"
+
+
+class StatefulRule(Rule):
+    """A rule with memory: ``decide`` reads ``recall(norms)`` and hands what it learned to ``learn``.
+
+    In ``state_dict`` everything is a number or a list of numbers, which checkpoints keep whole: its keys are those of
+    the first call, however long the lists grow and however many ranks there are. What is kept for each tensor stands
+    beside the names of these, so that it finds its place under another sharding.
+    """
+
+    counts_skipped: ClassVar[bool] = False
+    """Whether a step that was skipped teaches as well."""
+
+    _state: State | None = None
+    _learned: State | None = None
+    # The names that the per-tensor part of _state is for.
+    _names: tuple[str, ...] = ()
+    # What load_state_dict brought, until it is known for which device and tensors.
+    _loaded: dict[str, Any] | None = None
+
+    def initial(self) -> dict[str, float | list[float]]:
+        """What is remembered before the first step."""
+        return {}
+
+    def initial_per_tensor(self) -> dict[str, float]:
+        """Likewise, of each tensor."""
+        return {}
+
+    def recall(self, norms: Norms) -> State:
+        """What was learned so far, on the device of the norms, in their order of tensors."""
+        device = norms.total.device
+        if self._state is None:
+            state = {**self.initial(), **(self._loaded or {})}
+            state.pop(_NAMES, None)
+            self._state = {key: _tensor(value, device) for key, value in state.items()}
+            self._names = tuple((self._loaded or {}).get(_NAMES, ()))
+            self._loaded = None
+        names = norms.tensors.names if norms.tensors is not None and self.initial_per_tensor() else ()
+        if names and names != self._names:
+            self._rearrange(names, device)
+        if any(value.device != device for value in self._state.values()):
+            self._state = {key: value.to(device) for key, value in self._state.items()}
+        return self._state
+
+    def learn(self, **new: Tensor) -> None:
+        """What will be remembered if this step counts."""
+        assert self._state is not None
+        self._learned = {**self._state, **new}
+
+    def settle(self, skipped: Tensor) -> None:
+        if self._learned is None or self._state is None:
+            return
+        if not self.counts_skipped:
+            old = self._state
+            self._learned = {key: torch.where(skipped.to(v.device), old[key], v) for key, v in self._learned.items()}
+        self._state, self._learned = self._learned, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything remembered, as numbers. Waits for the device."""
+        per_tensor = self.initial_per_tensor()
+        if self._state is None:
+            empty: dict[str, Any] = {key: [] for key in (*per_tensor, *([_NAMES] if per_tensor else []))}
+            return {**self.initial(), **empty, **(self._loaded or {})}
+        state = {key: value.tolist() for key, value in self._state.items()}
+        return state | ({_NAMES: list(self._names)} if per_tensor else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ValueError: it is not of such a rule.
+        """
+        wanted = self.state_dict().keys()
+        if state.keys() != wanted:
+            raise ValueError(f"state of {type(self).__name__} must hold {sorted(wanted)}, got {sorted(state)}")
+        self._loaded, self._state, self._learned = dict(state), None, None
+
+    def _rearrange(self, names: tuple[str, ...], device: torch.device) -> None:
+        """Bring what is kept for each tensor into the order of ``names``; those not seen before start anew."""
+        assert self._state is not None
+        places = {name: place for place, name in enumerate(self._names)}
+        source = torch.tensor([places.get(name, -1) for name in names], dtype=torch.int64, device=device)
+        for key, start in self.initial_per_tensor().items():
+            before = self._state.get(key, torch.empty(0, dtype=torch.float64, device=device)).to(device)
+            # One more at the end, where -1 points.
+            self._state[key] = torch.cat((before, before.new_full((1,), start)))[source]
+        self._names = names
+
+
+def _tensor(value: object, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+def combined_state(rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """The states of several rules, each under its key."""
+    return {key: rule.state_dict() for key, rule in rules.items()}
+
+
+def load_combined(owner: Rule, rules: Mapping[str, Rule], state: dict[str, Any]) -> None:
+    """Restore what ``combined_state`` returned.
+
+    Raises:
+        ValueError: it is of other rules.
+    """
+    # An empty state leaves no trace in some checkpoints.
+    wanted = {key for key, rule in rules.items() if rule.state_dict()}
+    if not wanted <= state.keys() <= rules.keys():
+        raise ValueError(f"state of {type(owner).__name__} must hold {sorted(rules)}, got {sorted(state)}")
+    for key, part in state.items():
+        rules[key].load_state_dict(part)
+
+
+# Stands where nothing is yet. No norm that counts is infinite; and unlike NaN it is equal to itself.
+EMPTY = math.inf
+
+
+def window_state(window: int) -> list[float]:
+    """A window into which nothing has come yet."""
+    return [EMPTY] * window
+
+
+def pushed(window: Tensor, seen: Tensor, value: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The window and the number of values that came into it, after ``value`` has where it ``counts`` (0-d bool)."""
+    here = torch.arange(window.numel(), device=window.device) == seen % max(window.numel(), 1)
+    return torch.where(here & counts, value, window), seen + counts.to(seen.dtype)
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """The q-quantile of what is not EMPTY, interpolated linearly as NumPy does; NaN where all is."""
+    ordered = values.sort().values
+    count = (values != EMPTY).sum()
+    place = q * (count - 1).clamp(min=0).to(torch.float64)
+    below = place.floor()
+    last = (count - 1).clamp(min=0)
+    # Gathered: an index that is a 0-d tensor would be looked at by the host.
+    low, high = ordered.gather(0, torch.stack((below.long(), torch.minimum(below.long() + 1, last)))).unbind()
+    return low + (high - low) * (place - below)
