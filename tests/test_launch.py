@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def start(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def start(*arguments: str, ranks: int = 1, script: str = "train.py") -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(ROOT / "launch" / "train.py"), *arguments]
+    command = [sys.executable, *launcher, str(ROOT / "launch" / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
 
 
@@ -74,6 +74,53 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path) -> None:
 )
 def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
     done = start(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def compare_rules(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return start(*arguments, script="compare_rules.py")
+
+
+def test_rules_are_compared(tmp_path: Path) -> None:
+    rules = ["none", "global_norm=0.1", "value=-0.003:0.003"]
+    task = ("--rules", *rules, "--steps", "16", "--out")
+    done = compare_rules(*task, str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    logged = steps(tmp_path)
+    runs = {(str(step["model"]), str(step["rule"])) for step in logged}
+    assert runs == {(model, rule) for model in ("lstm", "transformer") for rule in rules}
+    assert sum(step["rule"] == "global_norm=0.1" for step in logged) == 2 * 16
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "table.md").read_text().splitlines()
+    ]
+    assert {tuple(row[:2]) for row in rows[2:]} == runs
+    diverged = {rule: verdict for model, rule, *_, verdict in rows[2:] if model == "transformer"}
+    assert diverged.pop("none") != "no"
+    assert set(diverged.values()) == {"no"}
+    lstm = [line for line in (tmp_path / "steps.jsonl").read_text().splitlines() if '"lstm"' in line]
+    assert compare_rules("--models", "lstm", *task, str(tmp_path / "again")).returncode == 0
+    again = (tmp_path / "again" / "steps.jsonl").read_text().splitlines()
+    assert [without_time(line) for line in again] == [without_time(line) for line in lstm]
+
+
+def without_time(line: str) -> dict[str, object]:
+    return {name: value for name, value in json.loads(line).items() if name != "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rules", "none", "globalnorm=1"), "did you mean 'global_norm'"),
+        (("--models", "gru"), "invalid choice: 'gru'"),
+        (("--steps", "0"), "--steps 0: expected 1 or more"),
+    ],
+)
+def test_mistakes_in_comparing_rules(arguments: tuple[str, ...], message: str) -> None:
+    done = compare_rules(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
