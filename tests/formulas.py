@@ -102,7 +102,7 @@ def adagc(self: Formula, grads: Whole, weights: Whole) -> Whole:
         known = gamma.get(name)
         if n == 0:
             result[name] = grad
-        elif step < 2:
+        elif step + 1 < 2:
             h = min(1.0, 1.0 / total)
             gamma[name] = h * n if known is None else min(known, h * n)
             result[name] = grad * h

@@ -69,7 +69,7 @@ class CentralizeGradient(Rule):
     Means of rows that are cut over ranks ride in the norm's all-reduce, one float64 for each row of the model.
 
     References:
-        Yong et al., "Gradient Centralization" (arXiv 2004.01461); ``optax.centralize`` (whose last axis is the output).
+        Yong et al., "Gradient Centralization" (arXiv 2004.01461); ``optax.centralize``.
     """
 
     needs_means = True

@@ -28,8 +28,8 @@ class _PerTensor(StatefulRule):
 class AdaGC(_PerTensor):
     """Hold each tensor's norm to a moving average of its own clipped norms.
 
-    In the first ``warmup_steps`` steps all gradients are scaled by ``h = min(1, lambda_abs / N)``, and gamma is the
-    smallest clipped norm so far. Then, for each tensor, ``h = min(1, lambda_rel * gamma / n)`` and
+    While t, which counts from 1, is below ``warmup_steps``, all gradients are scaled by ``h = min(1, lambda_abs / N)``,
+    and gamma is the smallest clipped norm so far. Then, for each tensor, ``h = min(1, lambda_rel * gamma / n)`` and
     ``gamma <- beta * gamma + (1 - beta) * h * n``.
 
     A tensor whose gradient is 0 keeps its gamma, and one that never had a gradient has none, so that its first is not
@@ -68,7 +68,8 @@ class AdaGC(_PerTensor):
     def decide(self, norms: Norms) -> Decision:
         assert norms.per_tensor is not None
         state, n = self.recall(norms), norms.per_tensor
-        warm, gamma = state["seen"] >= self.warmup_steps, state["gamma"]
+        # The paper's t is the number of this step, counted from 1.
+        warm, gamma = state["seen"] + 1 >= self.warmup_steps, state["gamma"]
         absolute = threshold_at("lambda_abs", self.lambda_abs, norms.step)
         relative = threshold_at("lambda_rel", self.lambda_rel, norms.step)
         # 0 * inf: a tensor without history under a factor of 0 is held to 0.
