@@ -18,8 +18,8 @@ scale off. (DeepSpeed updates its loss scale before it divides by it: in a step 
 gradients come out too small. And at stage 0 with float16 ``engine.backward()`` forgets to multiply by it, DeepSpeed's
 pull request 8393. Here gradients are divided by what they were multiplied with.)
 
-With ``nonfinite="propagate"`` it is DeepSpeed that decides on an inf or NaN: it skips the step, but for bf16 at stages 1
-and 2 without ``check_grad_overflow``, and for torch's optimizers at stage 0.
+With ``nonfinite="propagate"`` it is DeepSpeed that decides on an inf or NaN: it skips the step, but not for bf16 at
+stages 1 and 2 without ``check_grad_overflow``, nor for torch's optimizers at stage 0.
 
 Everything here rests on internals of DeepSpeed. ``NEEDED`` lists them, and an engine without them is refused.
 """
