@@ -97,9 +97,13 @@ def check_training(layout: str, dtype: torch.dtype) -> None:
                 close(ours, theirs, dtype)
 
 
-@pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize(
-    ("layout", "size"), [("single", 1), ("ddp", 2), (FSDP1, 2), ("fsdp2", 2), ("fsdp2+tp", 4)], ids=str
+    ("layout", "size", "precision"),
+    [
+        pytest.param(layout, size, precision, marks=[pytest.mark.slow] if size == 4 and precision != "fp32" else [])
+        for layout, size in [("single", 1), ("ddp", 2), (FSDP1, 2), ("fsdp2", 2), ("fsdp2+tp", 4)]
+        for precision in DTYPES
+    ],
 )
 def test_training_is_that_of_torch(layout: str, size: int, precision: str) -> None:
     run_ranks(check_training, size, layout, DTYPES[precision])

@@ -491,7 +491,7 @@ def test_layout(layout: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.distributed.*is deprecated:FutureWarning")
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_zero(stage: int) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")

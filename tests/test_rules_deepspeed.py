@@ -62,7 +62,10 @@ def test_a_step_that_is_left_out(case: str) -> None:
 
 @ranks(2)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [case if case in ("zero2-fp32", "zero3-fp32") else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_rule(case: str, rule: str) -> None:
     formula = RULES[rule]()
     engine: Any = make_engine(BY_NAME[case], Net(), gradient_accumulation_steps=2)

@@ -66,7 +66,7 @@ CASES = [
 
 @pytest.mark.parametrize(("layout", "part"), CASES)
 def test_subset(layout: Layout, part: str) -> None:
-    run_ranks(check_subset, layout.world_sizes[-1], layout, part)
+    run_ranks(check_subset, layout.world_sizes[0], layout, part)
 
 
 @ranks(2)
