@@ -110,7 +110,7 @@ def test_training_is_that_of_torch(layout: str, size: int, precision: str) -> No
 
 
 @ranks(4)
-@pytest.mark.parametrize("layout", ["hsdp-2x", "tp", "fsdp1-hybrid_shard-flat"])
+@pytest.mark.parametrize("layout", ["hsdp-2x", "tp", pytest.param("fsdp1-hybrid_shard-flat", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_more_layouts_beside_one_process(layout: str, fused: bool) -> None:
     """In float32, where one process on the whole batch rounds alike; the scale doubles and shrinks on the way."""
