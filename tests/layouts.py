@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -305,3 +306,17 @@ def build(layout: Layout, device: str = "cpu") -> nn.Module:
     model = layout.wrap(make_net(layout.hidden).to(device))
     backward(layout, model, device)
     return model
+
+
+_CASES = [
+    pytest.param(layout, size, "cpu", id=f"{layout.name}-{size}")
+    for layout in LAYOUTS.values()
+    for size in layout.world_sizes
+] + [
+    # One rank has the GPU and NCCL for itself; two share it and talk over gloo.
+    pytest.param(LAYOUTS[name], size, "cuda", id=f"{name}-{size}-cuda", marks=pytest.mark.gpu)
+    for name in ("single", "ddp", "fsdp1-full_shard-orig", "fsdp1-full_shard-flat", "fsdp2", "fsdp2-bf16")
+    for size in (1, 2)
+]
+every_layout = pytest.mark.parametrize(("layout", "size", "device"), _CASES)
+"""Runs a test with each layout on each number of ranks that it is for, and some on a GPU."""

@@ -21,7 +21,7 @@ from distclip.audit import full
 from distclip.audit.findings import ranges
 from distclip.plan import Plan, make_plan
 from tests import oracle
-from tests.layouts import LAYOUTS, Layout, build
+from tests.layouts import LAYOUTS, Layout, build, every_layout
 from tests.nets import Net, loss_of, make_batch, make_net
 from tests.ranks import ranks, run_ranks
 from tests.test_declare import Experts, fill, random
@@ -67,18 +67,7 @@ def check_layout(layout: Layout, device: str) -> None:
     oracle.assert_same(oracle.whole_grads(model), before)
 
 
-CASES = [
-    pytest.param(layout, size, "cpu", id=f"{layout.name}-{size}")
-    for layout in LAYOUTS.values()
-    for size in layout.world_sizes
-] + [
-    pytest.param(LAYOUTS[name], size, "cuda", id=f"{name}-{size}-cuda", marks=pytest.mark.gpu)
-    for name in ("single", "ddp", "fsdp1-full_shard-orig", "fsdp1-full_shard-flat", "fsdp2", "fsdp2-bf16")
-    for size in (1, 2)
-]
-
-
-@pytest.mark.parametrize(("layout", "size", "device"), CASES)
+@every_layout
 def test_layouts(layout: Layout, size: int, device: str) -> None:
     run_ranks(check_layout, size, layout, device=device)
 

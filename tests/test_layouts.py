@@ -10,21 +10,9 @@ from torch import Tensor
 
 import distclip
 from tests import oracle
-from tests.layouts import LAYOUTS, Layout, backward, build
+from tests.layouts import LAYOUTS, Layout, backward, build, every_layout
 from tests.nets import loss_of, make_batch, make_net
 from tests.ranks import run_ranks
-
-CASES = [
-    pytest.param(layout, size, "cpu", id=f"{layout.name}-{size}")
-    for layout in LAYOUTS.values()
-    for size in layout.world_sizes
-] + [
-    # One rank has the GPU and NCCL for itself; two share it and talk over gloo.
-    pytest.param(LAYOUTS[name], size, "cuda", id=f"{name}-{size}-cuda", marks=pytest.mark.gpu)
-    for name in ("single", "ddp", "fsdp1-full_shard-orig", "fsdp1-full_shard-flat", "fsdp2", "fsdp2-bf16")
-    for size in (1, 2)
-]
-every_layout = pytest.mark.parametrize(("layout", "size", "device"), CASES)
 
 
 def equal_bits(norm: Tensor) -> bool:

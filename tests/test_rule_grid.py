@@ -29,6 +29,7 @@ from distclip import GradClipper, Rule
 from distclip import rules as r
 from distclip.rules import Decision, Norms
 from tests.ranks import run_ranks
+from tests.states import by_name
 
 STEPS, MIDDLE = 30, 15
 SPIKES, NAN, SILENT = {9: 40.0, 13: 8.0, 17: 60.0, 24: 5.0}, 11, (4, 16)
@@ -402,19 +403,6 @@ def truth(rule: str, experts: bool) -> Run:
         whole = np.concatenate([np.zeros(1), *(grad.numpy().ravel() for grad in kept if grad is not None)])
         results.append(None if report.skipped else [whole])
     return Run(results, reports, middle, clipper.state_dict())
-
-
-def by_name(state: dict[str, Any]) -> dict[str, Any]:
-    """Every number of a state: what is kept of tensors under their names."""
-    found: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, dict):
-            found |= {f"{key}/{inner}": number for inner, number in by_name(value).items()}
-        elif isinstance(value, list) and "names" in state and key != "names":
-            found |= {f"{key}/{name}": number for name, number in zip(state["names"], value, strict=True)}
-        elif key != "names":
-            found[key] = value
-    return found
 
 
 def wrong(rule: str, ids: list[NDArray[np.int64]], got: Run, experts: bool, first: int = 0) -> Iterator[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.tensor  # as torch.testing does at its first comparison, on the clock of hypothesis
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

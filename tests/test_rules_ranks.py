@@ -19,6 +19,7 @@ from tests.formulas import FORMULAS, Whole, agc, centralize, each
 from tests.layouts import LAYOUTS, Layout, backward
 from tests.nets import make_net
 from tests.ranks import ranks, run_ranks
+from tests.states import by_name
 
 # Flat parameters that cut rows, both ways; rows dealt out unevenly; columns dealt out; replicas; experts of two meshes.
 SPREAD = ["ddp", "fsdp1-full_shard-flat", "fsdp1-full_shard-orig", "fsdp2", "tp"]
@@ -90,19 +91,6 @@ def test_state_survives_another_sharding(name: str) -> None:
         one, other = (by_name(each["rule_state"]) for each in (single, state))
         trained = {key for key, value in one.items() if np.all(np.isfinite(value)) and np.any(value)}
         assert {key: other[key] for key in trained} == {key: pytest.approx(one[key], rel=1e-4) for key in trained}
-
-
-def by_name(state: dict[str, Any]) -> dict[str, Any]:
-    """Every number of a state: what is kept of tensors under their names."""
-    found: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, dict):
-            found |= {f"{key}.{inner}": number for inner, number in by_name(value).items()}
-        elif isinstance(value, list) and "names" in state and key != "names":
-            found |= {f"{key}.{name}": number for name, number in zip(state["names"], value, strict=True)}
-        elif key != "names":
-            found[key] = value
-    return found
 
 
 class Convolutions(nn.Module):

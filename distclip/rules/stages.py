@@ -33,8 +33,7 @@ class Pass:
     @classmethod
     def of(cls, stages: Sequence[Rule], signature: str) -> Pass:
         """The pass of these stages."""
-        flags = [field.name for field in fields(cls) if field.type == "bool"]
-        wanted = {name: any(getattr(stage, name) for stage in stages) for name in flags}
+        wanted = {name: any(getattr(stage, name) for stage in stages) for name in _FLAGS}
         wanted["needs_tensors"] |= wanted["needs_units"] or wanted["needs_means"]
         return cls(stages=tuple(stages), signature=signature, norm_type=stages[0].norm_type, **wanted)
 
@@ -70,6 +69,9 @@ class Pass:
         """Tell every stage whether the step counts."""
         for stage in self.stages:
             stage.settle(skipped)
+
+
+_FLAGS = tuple(field.name for field in fields(Pass) if field.type == "bool")
 
 
 def passes_of(rule: Rule) -> list[Pass]:
