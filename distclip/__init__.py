@@ -3,6 +3,7 @@
 from distclip import amp, rules
 from distclip.audit import Audit, audit
 from distclip.clipper import GradClipper
+from distclip.config import ClipConfig
 from distclip.declare import declare, undeclare
 from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, grad_norm
 from distclip.report import ClipReport
@@ -42,6 +43,7 @@ __all__ = [
     "ClipByGlobalNorm",
     "ClipByNorm",
     "ClipByValue",
+    "ClipConfig",
     "ClipReport",
     "EMARatioClip",
     "GradClipper",

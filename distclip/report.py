@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_METRICS = {
+    "total_norm": "grad_norm",
+    "clipped_norm": "grad_norm_clipped",
+    "coefficient": "clip_coef",
+    "threshold": "clip_threshold",
+    "clipped": "clipped",
+    "skipped": "skipped",
+    "nonfinite": "nonfinite",
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,19 @@ class ClipReport:
     them; "skipped", the step is left out; "nothing", where there was nothing to do and that could be seen for free."""
     per_tensor: dict[str, Tensor] | None = None
     """Norm of each tensor before clipping, by name; float64. Only where the rule needs them."""
+
+    def metrics(self, prefix: str = "train/") -> dict[str, float]:
+        """What trackers are to show, under the field's names. Waits for the device once.
+
+        Returns:
+            ``grad_norm`` (before clipping), ``grad_norm_clipped`` (where known), ``clip_coef``, ``clip_threshold``
+            (where finite), and as 0 or 1 ``clipped``, ``skipped`` and ``nonfinite``, each behind ``prefix``.
+        """
+        told = self.to_dict()
+        found = {name: float(told[key]) for key, name in _METRICS.items() if key in told}
+        if not math.isfinite(found["clip_threshold"]):
+            del found["clip_threshold"]
+        return {prefix + name: value for name, value in found.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain Python numbers. Waits for the device once."""

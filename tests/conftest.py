@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: more of what others test, skipped unless DISTCLIP_SLOW_TESTS=1")
+    config.addinivalue_line("markers", "slow: more of what others test, skipped unless DISTCLIP_TESTS_SLOW=1")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU, and is skipped where there is none")
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch.cuda.is_available() is False here")
@@ -39,10 +39,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     elif not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-    if os.environ.get("DISTCLIP_SLOW_TESTS") != "1":
+    if os.environ.get("DISTCLIP_TESTS_SLOW") != "1":
         for item in items:
             if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="more of the same, for minutes: DISTCLIP_SLOW_TESTS=1 runs it"))
+                item.add_marker(pytest.mark.skip(reason="more of the same, for minutes: DISTCLIP_TESTS_SLOW=1 runs it"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
+from distclip.hints import closest
 from distclip.rules.adaptive import AdaptiveGradientClipping, CentralizeGradient
 from distclip.rules.base import Rule
 from distclip.rules.compose import Chain, PerGroup
@@ -104,7 +104,7 @@ def _simple(text: str) -> Rule:
     name, equals, value = (part.strip() for part in head.partition("="))
     rule = NAMES.get(name)
     if rule is None:
-        raise ValueError(f"rule {text!r}: unknown name {name!r}{_closest(name, list(NAMES))}")
+        raise ValueError(f"rule {text!r}: unknown name {name!r}{closest(name, NAMES)}")
     known = {field.name: field for field in fields(rule)}  # type: ignore[arg-type]  # all of NAMES are dataclasses
     arguments: dict[str, Any] = {}
     first = next(iter(known.values()), None)
@@ -115,7 +115,7 @@ def _simple(text: str) -> Rule:
     for option in options:
         key, _, value = (part.strip() for part in option.partition("="))
         if key not in known:
-            raise ValueError(f"rule {text!r}: unknown option {key!r}{_closest(key, list(known))}")
+            raise ValueError(f"rule {text!r}: unknown option {key!r}{closest(key, known)}")
         arguments[key] = _value(text, known[key], value)
     try:
         return rule(**arguments)
@@ -198,8 +198,3 @@ def _balanced(text: str) -> bool:
         if depth < 0:
             return False
     return depth == 0
-
-
-def _closest(name: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(known)}"

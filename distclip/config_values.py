@@ -1,0 +1,156 @@
+"""What each setting of ``ClipConfig`` may be, and how it is read from a text and written as one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from distclip.audit.clips import WHEN
+from distclip.engine import NONFINITE
+from distclip.rules.base import Rule
+from distclip.rules.compose import Chain, PerGroup, as_rule
+from distclip.rules.text import parse
+
+
+def _same(name: str, text: str) -> Any:
+    return text
+
+
+def _plain(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of setting. Functions are called with the setting's name, for errors, and its value."""
+
+    help: str
+    check: Callable[[str, Any], Any]
+    """The value as ClipConfig keeps it. Raises ValueError or TypeError."""
+    read: Callable[[str, str], Any] = _same
+    """A value of a text, for environment and command line."""
+    write: Callable[[Any], Any] = _plain
+    """The value as YAML and JSON take it."""
+
+
+def rule_of(value: Any) -> Rule:
+    """A new Rule of what a user wrote: a number, a text, a Rule, a list (``Chain``), a mapping (``PerGroup``).
+
+    Raises:
+        ValueError, TypeError: it describes none.
+    """
+    if isinstance(value, Rule):
+        return copy.deepcopy(value)
+    if isinstance(value, str):
+        return parse(value) if (number := _as_number(value)) is None else as_rule(number)
+    if isinstance(value, list | tuple):
+        return Chain([rule_of(part) for part in value])
+    if isinstance(value, Mapping):
+        return PerGroup({_patterns(key): rule_of(part) for key, part in value.items()})
+    return as_rule(value)
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _patterns(key: Any) -> Any:
+    return tuple(part.strip() for part in key.split(":")) if isinstance(key, str) else key
+
+
+def _check_rule(name: str, value: Any) -> Any:
+    if value is None:
+        raise ValueError(f"{name} must be a number or a rule, got None; rule=inf only measures")
+    rule_of(value)
+    return value
+
+
+def _write_rule(value: Any) -> Any:
+    return value if isinstance(value, int | float | str) else str(rule_of(value))
+
+
+def _check_groups(name: str, value: Any) -> dict[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must map patterns of parameter names to rules, got {value!r}")
+    if value:
+        rule_of(value)
+    return {_patterns(key): rule for key, rule in value.items()}
+
+
+def _read_groups(name: str, text: str) -> Any:
+    rule = parse(text)
+    if not isinstance(rule, PerGroup):
+        raise ValueError(f"{name} must be 'pattern -> rule ; pattern -> rule', got {text!r}")
+    return rule.rules
+
+
+def _write_groups(value: Mapping[Any, Any]) -> dict[str, Any]:
+    return {":".join(key): _write_rule(rule) for key, rule in value.items()}
+
+
+def _check_choice(known: Sequence[str], name: str, value: Any) -> str:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return str(value)
+
+
+def _check_axis(name: str, value: Any) -> str | None:
+    if value is not None and not (isinstance(value, str) and value):
+        raise TypeError(f"{name} must be the name of an axis of a DeviceMesh, got {value!r}")
+    return value
+
+
+def _read_axis(name: str, text: str) -> str | None:
+    return None if text == "none" else text
+
+
+def _check_axes(name: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
+        raise TypeError(f"{name} must map patterns of parameter names to axes of a DeviceMesh, got {value!r}")
+    return dict(value)
+
+
+def _read_axes(name: str, text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(pattern.strip() and axis.strip() for pattern, _, axis in pairs):
+        raise ValueError(f"{name} must be 'pattern=axis,pattern=axis', got {text!r}")
+    return {pattern.strip(): axis.strip() for pattern, _, axis in pairs}
+
+
+def _check_count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+    return value
+
+
+def _read_count(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a whole number from 1 on, got {text!r}") from None
+
+
+def _check_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a text, got {value!r}")
+    return value
+
+
+_AXES = partial(Kind, check=_check_axes, read=_read_axes)
+KINDS: dict[str, Kind] = {
+    "rule": Kind("a number, or a rule such as zclip or 'skip_above=9 | norm=1'", _check_rule, write=_write_rule),
+    "groups": Kind("rules of their own: 'head.* -> norm=1 ; ...'", _check_groups, _read_groups, _write_groups),
+    "nonfinite": Kind(f"what an inf or NaN does: {', '.join(NONFINITE)}", partial(_check_choice, NONFINITE)),
+    "check": Kind(f"when to compare ranks: {', '.join(WHEN)}", partial(_check_choice, WHEN)),
+    "pipeline_group": Kind("mesh axis of the pipeline's stages, or none", _check_axis, _read_axis),
+    "sharded": _AXES("plain parameters that differ from rank to rank: 'experts.*=ep'"),
+    "replicated": _AXES("parameters that pipeline stages share: 'embed.*=pp'"),
+    "log_every": Kind("log every so many steps", _check_count, _read_count),
+    "log_prefix": Kind("what names of metrics begin with", _check_text),
+}
