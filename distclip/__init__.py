@@ -6,6 +6,7 @@ from distclip.clipper import GradClipper
 from distclip.config import ClipConfig
 from distclip.declare import declare, undeclare
 from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, grad_norm
+from distclip.patch import patch
 from distclip.report import ClipReport
 from distclip.rules import (
     AdaGC,
@@ -62,6 +63,7 @@ __all__ = [
     "clip_grads_with_norm_",
     "declare",
     "grad_norm",
+    "patch",
     "rules",
     "undeclare",
 ]

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
 
+class NeverSeen(RuntimeError):
+    """Parameters of a wrapper that distclip does not know."""
+
+
 def teach(root: nn.Module) -> Iterator[tuple[Tensor, GradLayout]]:
     module = sys.modules.get("torch.distributed.fsdp")
     if module is None:
@@ -33,7 +37,7 @@ def teach(root: nn.Module) -> Iterator[tuple[Tensor, GradLayout]]:
 def resolve(param: Tensor) -> GradLayout | None:
     # FSDP1 marks its flat parameters and, under use_orig_params, the original ones.
     if getattr(param, "_fsdp_flattened", False):
-        raise RuntimeError(
+        raise NeverSeen(
             "a parameter belongs to a FullyShardedDataParallel model that distclip has never seen, so this rank "
             "cannot know who holds the rest of its gradient. Pass the model instead of its parameters, once is "
             "enough: distclip.clip_grad_norm_(model, ...) or distclip.GradClipper(model)."
