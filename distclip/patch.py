@@ -72,13 +72,14 @@ def patch() -> Patch:
 
 def _cell(name: str) -> types.CellType:
     function: Any = getattr(clip_grad, name, None)
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)) if function else {}
-    if "func" not in cells:
+    names = function.__code__.co_freevars if function else ()
+    if "func" not in names:
         raise RuntimeError(
             f"distclip.patch() does not know torch {torch.__version__}: torch.nn.utils.clip_grad.{name} is built in "
             "another way. Call distclip.clip_grad_norm_ itself, and report this version to distclip."
         )
-    return cells["func"]
+    cell: types.CellType = function.__closure__[names.index("func")]
+    return cell
 
 
 def _seeking(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,6 +87,7 @@ def _seeking(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def call(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        given: Any
         # A generator would be used up by the first of two tries.
         given = parameters if isinstance(parameters, Tensor | torch.nn.Module) else list(parameters)
         if isinstance(given, list) and not given:

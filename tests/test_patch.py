@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_functions_imported_before_are_reached_and_given_back() -> None:
         assert is_distclip()
         assert nn.utils.clip_grad.clip_grad_norm_ is clip_grad_norm_
         param = overflowing()
-        clip_grad_value_(param, (-1.0, 2.0))  # a pair, which torch does not take
+        clip_grad_value_(param, (-1.0, 2.0))  # type: ignore[arg-type]  # a pair, which torch does not take
         assert param.grad is not None
         assert param.grad.tolist() == [2.0, 2.0]
         with pytest.warns(FutureWarning):
@@ -81,13 +82,17 @@ def test_the_same_as_torch_where_torch_is_right() -> None:
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-9)
 
 
+def iter_nothing() -> Iterator[Tensor]:
+    yield from ()
+
+
 def test_a_generator_that_is_used_up_is_told() -> None:
     with distclip.patch(), pytest.warns(UserWarning, match="empty generator"):
-        clip_grad_norm_((param for param in ()), 1.0)
+        clip_grad_norm_(iter_nothing(), 1.0)
 
 
 def test_sparse_and_several_dtypes_in_a_total_norm() -> None:
-    sparse = torch.sparse_coo_tensor([[1, 1]], [3.0, 1.0], (4,), check_invariants=True)
+    sparse = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.tensor([3.0, 1.0]), (4,), check_invariants=True)
     with distclip.patch():
         assert get_total_norm([sparse, torch.full((1,), 3.0, dtype=torch.bfloat16)]).item() == 5.0
 
