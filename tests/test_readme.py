@@ -73,5 +73,13 @@ def test_block(block: str) -> None:
         assert "No finding." in printed
 
 
+def test_settings_are_read(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(# distclip\.yaml.*?)```", README, re.DOTALL)
+    (tmp_path / "distclip.yaml").write_text(block)
+    config = distclip.ClipConfig.load(tmp_path / "distclip.yaml", environ={})
+    assert str(config.make_rule()) == "head.* -> norm=0.5 ; * -> skip_above=100 | global_norm=1.0"
+    assert (config.nonfinite, config.pipeline_group, config.sharded) == ("skip", "pp", {"experts.*": "ep"})
+
+
 def test_every_block_was_found() -> None:
     assert len(BLOCKS) >= 5
