@@ -1,11 +1,12 @@
 """Gradient clipping for distributed PyTorch: the right norm on every rank, whatever the parallelism."""
 
-from distclip import amp, rules
+from distclip import alarms, amp, rules, sinks
 from distclip.audit import Audit, audit
 from distclip.clipper import GradClipper
 from distclip.config import ClipConfig
 from distclip.declare import declare, undeclare
 from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, grad_norm
+from distclip.monitor import AlarmWarning, Monitor
 from distclip.patch import patch
 from distclip.report import ClipReport
 from distclip.rules import (
@@ -34,6 +35,7 @@ from distclip.warning import AuditWarning
 __all__ = [
     "AdaGC",
     "AdaptiveGradientClipping",
+    "AlarmWarning",
     "Audit",
     "AuditWarning",
     "AutoClip",
@@ -48,6 +50,7 @@ __all__ = [
     "ClipReport",
     "EMARatioClip",
     "GradClipper",
+    "Monitor",
     "NormalizeGradient",
     "PerGroup",
     "QuantileClip",
@@ -56,6 +59,7 @@ __all__ = [
     "SkipOnSpike",
     "StableSPAM",
     "ZClip",
+    "alarms",
     "amp",
     "audit",
     "clip_grad_norm_",
@@ -65,6 +69,7 @@ __all__ = [
     "grad_norm",
     "patch",
     "rules",
+    "sinks",
     "undeclare",
 ]
 __version__ = "0.1.0"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from distclip import engine
 from distclip.apply import apply
@@ -32,6 +34,7 @@ from distclip.rules.stages import passes_of
 from distclip.step import Stepping
 from distclip.warning import warn
 
+ReportHook = Callable[["GradClipper", ClipReport, Tensor | None], None]
 # Gradients compared to notice a second clip() of the same step.
 _WITNESSES = 8
 # What is left on them: who clipped, and their version then. (Weak references would keep Module.to() from swapping
@@ -68,10 +71,13 @@ class GradClipper:
             arguments name (DDP's too), and warn (``AuditWarning``) on every rank where they differ: at the "first"
             clip, "always", "never". It reads the gradients once more, and costs two or three small all-reduces (and
             waits for the device). The same on every rank. ``distclip.audit`` finds more.
+        details_every: in every so many clips, the first among them, ``report.per_tensor`` holds the norm of each tensor
+            of all ranks, whatever the rule needs: 8 bytes a tensor in the same all-reduce, no other read. 0 for none.
 
     Raises:
         TypeError: ``model`` or ``rule`` is of another type.
-        ValueError: ``rule`` is a negative number or NaN, ``nonfinite`` or ``check`` is unknown.
+        ValueError: ``rule`` is a negative number or NaN, ``nonfinite`` or ``check`` is unknown, ``details_every`` is
+            negative.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -91,6 +97,7 @@ class GradClipper:
         nonfinite: engine.NonFinite = "propagate",
         pipeline_group: Group | None = None,
         check: When = "first",
+        details_every: int = 0,
     ) -> None:
         self.rule = as_rule(rule)
         if nonfinite not in engine.NONFINITE:
@@ -102,6 +109,10 @@ class GradClipper:
         """What the last ``clip()`` did."""
         self.steps = 0
         """Number of clips so far."""
+        self.details_every = _checked_details(details_every)
+        """In every so many clips the report holds the norm of each tensor; 0 for none. The same on every rank."""
+        self._nonfinite_steps: Tensor | int = 0
+        self._report_hooks: OrderedDict[int, ReportHook] = OrderedDict()
         self._pipeline = as_rank_group("pipeline_group", pipeline_group)
         self._params = ModuleParameters(as_modules(model), may_be_empty=pipeline_group is not None)
         self._plan: Plan | None = None
@@ -188,14 +199,38 @@ class GradClipper:
         plan = self._current_plan()
         self._warn_if_out_of_turn()
         try:
-            self.report = self._clip_by(plan, scaler, loss)
+            report = self._clip_by(plan, scaler, loss)
         except StalePlan:
             # Another rank's parameters changed. It is making its plan anew, and waits for all.
             self._plan = None
-            self.report = self._clip_by(self._current_plan(), scaler, loss)
-        self.steps += 1
+            report = self._clip_by(self._current_plan(), scaler, loss)
         for grad in self._witnesses():
             setattr(grad, _CLIPPED, (self._mark, version_of(grad)))
+        return self._done(report, loss)
+
+    def register_report_hook(self, hook: ReportHook) -> RemovableHandle:
+        """Have ``hook(clipper, report, loss)`` called after every clip, wherever it happens: in ``clip()``, in an
+        attached optimizer, in an engine's step or in backward.
+
+        The report's fields are 0-d tensors, so a hook that only keeps it costs nothing. ``loss`` is what was passed to
+        ``clip(loss=...)``, of this rank, or None.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        handle = RemovableHandle(self._report_hooks)
+        self._report_hooks[handle.id] = hook
+        return handle
+
+    def _done(self, report: ClipReport, loss: Tensor | None = None) -> ClipReport:
+        """One more clip is over."""
+        found = report.nonfinite.to(torch.int64)
+        before = self._nonfinite_steps
+        self._nonfinite_steps = found + (before.to(found.device) if isinstance(before, Tensor) else before)
+        self.report = replace(report, nonfinite_steps=self._nonfinite_steps)
+        self.steps += 1
+        for hook in list(self._report_hooks.values()):
+            hook(self, self.report, loss)
         return self.report
 
     def clip_in_backward(self, *, previous_norm: bool = False) -> InBackward:
@@ -246,7 +281,12 @@ class GradClipper:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs: the rule's state and the number of steps. No side effects, the same on every rank."""
-        state = {"rule": type(self.rule).__name__, "rule_state": self.rule.state_dict(), "steps": self.steps}
+        state: dict[str, Any] = {
+            "rule": type(self.rule).__name__,
+            "rule_state": self.rule.state_dict(),
+            "steps": self.steps,
+            "nonfinite_steps": int(self._nonfinite_steps),
+        }
         carried = self._in_backward.state_dict() if self._in_backward is not None else {}
         return state | ({"in_backward": carried} if carried else {})
 
@@ -263,6 +303,7 @@ class GradClipper:
             raise ValueError(f"state_dict is of rule {state_dict['rule']}, this clipper has {type(self.rule).__name__}")
         self.rule.load_state_dict(state_dict["rule_state"])
         self.steps = state_dict["steps"]
+        self._nonfinite_steps = state_dict.get("nonfinite_steps", 0)
         carried = state_dict.get("in_backward", {})
         if self._in_backward is not None and self._in_backward.active:
             self._in_backward.load_state_dict(carried)
@@ -280,8 +321,9 @@ class GradClipper:
         report = replace(verdict.report, applied=applied)
         return replace(report, skipped=report.skipped | report.nonfinite) if step.scales(scaler) else report
 
-    def _moment(self, grad_scale: Tensor | None, loss: Tensor | None = None) -> engine.Moment:
-        return engine.Moment(self._params.tensors, self.nonfinite, grad_scale, self.steps, loss)
+    def _moment(self, grad_scale: Tensor | None = None, loss: Tensor | None = None) -> engine.Moment:
+        details = self.details_every > 0 and self.steps % self.details_every == 0
+        return engine.Moment(self._params.tensors, self.nonfinite, grad_scale, self.steps, loss, details)
 
     def _grad_scale(self, plan: Plan, scaler: torch.amp.GradScaler | None) -> Tensor | None:
         """See ``Stepping.grad_scale``; where that raises, the others learn of it before."""
@@ -295,12 +337,13 @@ class GradClipper:
                 )
             return self._stepping.grad_scale(self._params.tensors, scaler)
         except Exception:
-            engine.tell(plan, self.rule, engine.how_of(self.nonfinite), Failure)
+            engine.tell(plan, self.rule, self._moment(), Failure)
             raise
 
     def _current_plan(self) -> Plan:
         settings = engine.settings_of(self.rule)
-        how = engine.how_of(self.nonfinite)
+        if self.details_every:
+            settings += f", details_every={self.details_every}"
         changed = self._params.changed
         if self._plan is not None and (
             changed
@@ -308,7 +351,7 @@ class GradClipper:
             or not self._plan.holds_for(self._params.tensors)
             or self._check.outdated(self._plan, self._params.tensors)
         ):
-            engine.tell(self._plan, self.rule, how, StalePlan)
+            engine.tell(self._plan, self.rule, self._moment(), StalePlan)
             self._plan = None
         if changed:
             before = self._params.named
@@ -323,10 +366,10 @@ class GradClipper:
             self._plan = make_plan(
                 list(self._params.named),
                 self._params.tensors,
-                settings=f"{self.rule.signature}, {settings}{how}, {self._check.signature}",
+                settings=f"{self.rule.signature}, {settings}{engine.how_of(self.nonfinite)}, {self._check.signature}",
                 pipeline=self._pipeline,
                 linear=all(each.linear for each in passes),
-                describe=any(each.needs_tensors for each in passes),
+                describe=any(each.needs_tensors for each in passes) or self.details_every > 0,
                 by_rows=any(each.needs_units or each.needs_means for each in passes),
             )
         return self._plan
@@ -358,8 +401,7 @@ class GradClipper:
 
     def _stepped(self, verdict: engine.Verdict, skipped: bool) -> None:
         """The framework's step is over."""
-        self.report = replace(verdict.report, skipped=torch.full_like(verdict.report.skipped, skipped))
-        self.steps += 1
+        self._done(replace(verdict.report, skipped=torch.full_like(verdict.report.skipped, skipped)))
 
     def _witnesses(self) -> list[Tensor]:
         """The gradients that tell whether a clip is the second of its step."""
@@ -381,6 +423,12 @@ class GradClipper:
         missing = (param.grad is None for param in self._params.tensors if param.requires_grad and param.numel())
         if next(missing, False) and all(missing):
             warn("clip() found no gradient on this rank: call it after backward() and before zero_grad().")
+
+
+def _checked_details(every: int) -> int:
+    if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+        raise ValueError(f"details_every must be a whole number from 0 on, got {every!r}")
+    return every
 
 
 def _as_scalar(loss: Tensor | float | None) -> Tensor | None:

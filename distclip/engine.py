@@ -29,9 +29,9 @@ def settings_of(rule: Rule) -> str:
     return "; ".join(each.wants for each in passes_of(rule))
 
 
-def how_of(nonfinite: NonFinite) -> str:
+def how_of(nonfinite: NonFinite, details: bool = False) -> str:
     """What ranks must agree on in each clip besides the rule."""
-    return f", nonfinite={nonfinite}"
+    return f", nonfinite={nonfinite}{', details' if details else ''}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,18 @@ class Moment:
     """What the gradients were multiplied by (a loss scale), 0-d; the verdict is on those without it."""
     step: int = 0
     loss: Tensor | None = None
+    details: bool = False
+    """Whether the report is to hold the norm of every tensor, whatever the rule needs."""
+
+    @property
+    def how(self) -> str:
+        """What ranks must agree on in each clip besides the rule."""
+        return how_of(self.nonfinite, self.details)
+
+    def passes(self, rule: Rule) -> list[Pass]:
+        """The passes that the rule takes."""
+        first, *others = passes_of(rule)
+        return [first.detailed() if self.details else first, *others]
 
 
 def clip(plan: Plan, rule: Rule, moment: Moment, foreach: bool | None = None) -> ClipReport:
@@ -77,13 +89,13 @@ def judge(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, moment:
 
     Changes nothing, but for the gradients of a rule that must see what its first part has made of them.
     """
-    passes, scale = passes_of(rule), moment.grad_scale
+    passes, scale = moment.passes(rule), moment.grad_scale
     seen = Seen(moment.params, _averaged(plan, moment.loss) if any(each.needs_loss for each in passes) else None)
     outcomes: list[Outcome] = []
     for wanted in passes:
         if outcomes:
             apply(plan, grads, outcomes[-1].effect, scale, unscale=False)
-        norms = measure(plan, grads, wanted, how_of(moment.nonfinite), seen=seen)
+        norms = measure(plan, grads, wanted, moment.how, seen=seen)
         if scale is not None:
             norms = norms.divided_by(scale.to(norms.total.device))
         if not outcomes and moment.nonfinite == "raise":
@@ -137,7 +149,7 @@ def own_gradients(
     find: Callable[[Plan, Sequence[Tensor]], dict[torch.device, LocalGrads]] = local_grads,
 ) -> dict[torch.device, LocalGrads]:
     """This rank's gradients; where they cannot be clipped, the others learn of it before this rank raises."""
-    first, how = passes_of(rule)[0], how_of(moment.nonfinite)
+    first, how = moment.passes(rule)[0], moment.how
     try:
         if plan.settled:
             forewarn(plan, first, how)
@@ -146,7 +158,7 @@ def own_gradients(
     except (StalePlan, Failure):
         raise
     except Exception:
-        tell(plan, rule, how, Failure)
+        tell(plan, rule, moment, Failure)
         raise
     return grads
 
@@ -162,18 +174,18 @@ def check_clippable(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rul
             check_rows(plan, grads, wanted.needs_means)
 
 
-def tell(plan: Plan, rule: Rule, how: str, trouble: type[Exception]) -> None:
+def tell(plan: Plan, rule: Rule, moment: Moment, trouble: type[Exception]) -> None:
     """Take part in the others' clip only to tell them of this rank's trouble: StalePlan or Failure.
 
     Where the all-reduce runs on an accelerator nobody could hear it without waiting: ranks must change alike there.
     """
     if plan.wire is not None and plan.wire.type == "cpu" and plan.participants.is_current:
         with contextlib.suppress(StalePlan, Failure):
-            first = passes_of(rule)[0]
+            first = moment.passes(rule)[0]
             if plan.settled:
-                forewarn(plan, first, how, trouble)
+                forewarn(plan, first, moment.how, trouble)
             else:
-                measure(plan, {}, first, how, trouble)
+                measure(plan, {}, first, moment.how, trouble)
 
 
 def raise_if(found: Tensor, norm_type: float) -> None:
@@ -200,9 +212,10 @@ def report_of(plan: Plan, outcomes: Sequence[Outcome], found: Tensor, skipped: T
         coefficient = coefficient if factor is None else coefficient * factor
     per_tensor = None
     if norms.per_tensor is not None:
-        per_tensor = dict(
-            zip(plan.tensors, norms.per_tensor[plan.slots.to(norms.per_tensor.device)].unbind(), strict=True)
-        )
+        everywhere = plan.described is not None
+        names = plan.described.names if plan.described is not None else plan.tensors
+        here = norms.per_tensor if everywhere else norms.per_tensor[plan.slots.to(norms.per_tensor.device)]
+        per_tensor = dict(zip(names, here.unbind(), strict=True))
     # A rule that only skips holds nothing to its threshold, unless it is alone.
     told = [decision for each in outcomes for decision in each.decisions]
     thresholds = [decision.threshold for decision in told if decision.skip is None] or [told[-1].threshold]
@@ -214,6 +227,7 @@ def report_of(plan: Plan, outcomes: Sequence[Outcome], found: Tensor, skipped: T
         nonfinite=found,
         skipped=skipped,
         clipped_norm=returned(plan, _after(last)) if last.effect.scales_only else None,
+        quantities={name: value for decision in told for name, value in decision.quantities.items()},
         per_tensor=per_tensor,
     )
 

@@ -192,8 +192,7 @@ class InBackward:
             if self._previous:
                 effect = replace(outcome.effect, coefficient=self._carried.coefficient)
                 outcome = outcome._replace(decisions=[self._carried], effect=effect)
-            clipper.report = engine.report_of(self._plan, [outcome], ~finite, skipped)
-            clipper.steps += 1
+            clipper._done(engine.report_of(self._plan, [outcome], ~finite, skipped))
         if self._previous:
             self._carried = _where(finite, decision, self._carried)
         self._backward = -1

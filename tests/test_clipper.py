@@ -45,6 +45,7 @@ def test_a_number_is_the_largest_global_norm() -> None:
         "clipped": True,
         "nonfinite": False,
         "skipped": False,
+        "nonfinite_steps": 0,
         "applied": "in place",
     }
     assert distclip.grad_norm(model).item() == pytest.approx(truth / 4, rel=1e-5)

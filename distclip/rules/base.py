@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -117,6 +117,8 @@ class Decision:
     """What is subtracted from every element of each unit; shape ``(units,)``."""
     bite: Tensor | None = None
     """The smallest factor that an element met where elements are changed one by one, 0-d; for the report."""
+    quantities: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else the rule went by, for the report; 0-d, by name."""
 
 
 class Rule:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distclip.rules.base import Decision, Norms
 from distclip.rules.norm import coefficient_within
-from distclip.rules.state import EMPTY, StatefulRule, pushed, quantile, window_state
+from distclip.rules.state import EMPTY, StatefulRule, pushed, quantile, rank_in, window_state
 from distclip.rules.thresholds import Threshold, checked, checked_count, checked_decay, checked_threshold, threshold_at
 
 
@@ -30,7 +30,11 @@ class _Quantiles(StatefulRule):
         window, seen = pushed(state["norms"], state["seen"], norms.total, norms.finite)
         self.learn(norms=window, seen=seen)
         threshold = factor * quantile(window, q)
-        return Decision(coefficient_within(threshold, norms), torch.where(threshold.isnan(), math.inf, threshold))
+        return Decision(
+            coefficient_within(threshold, norms),
+            torch.where(threshold.isnan(), math.inf, threshold),
+            quantities={"percentile": rank_in(window, norms.total)},
+        )
 
 
 @dataclass
@@ -203,7 +207,9 @@ class ZClip(StatefulRule):
         threshold = torch.where(spike, limit, math.inf).clamp(max=max_norm)
         # Only what is above is touched: in the package a norm of c itself is scaled by c / (c + 1e-6).
         coefficient = torch.where(total <= threshold, 1.0, coefficient_within(threshold, norms))
-        return Decision(coefficient, threshold)
+        sigma = variance.sqrt()
+        quantities = {"zscore": torch.where(warm, (total - mean) / (sigma + self.eps), 0.0), "mean": mean, "std": sigma}
+        return Decision(coefficient, threshold, quantities=quantities)
 
     def _limit(self, total: Tensor, mean: Tensor, variance: Tensor, z_thresh: float) -> Tensor:
         """c for a spike; NaN for what is none."""

@@ -86,17 +86,26 @@ class SkipOnSpike(StatefulRule):
             skip = skip | (given & self._beyond(norms.loss, self._limit(state, "losses", sigma)))
             new |= self._with(state, "losses", norms.loss)
         self.learn(**new)
-        return Decision(None, limit, skip)
+        return Decision(None, limit, skip, quantities={"zscore": self._zscore(state, norms.total)})
 
     def _limit(self, state: State, what: str, sigma: float) -> Tensor:
         """What is a spike: above this. inf as long as the history is too short."""
-        window = state[what]
+        count, mean, deviation = self._moments(state[what])
+        spread = deviation * sigma if math.isfinite(sigma) else torch.full_like(mean, math.inf)
+        return torch.where(count >= self.min_history, mean + spread, math.inf)
+
+    def _zscore(self, state: State, value: Tensor) -> Tensor:
+        """How many standard deviations the norm is from the mean; 0 as long as the history is too short."""
+        count, mean, deviation = self._moments(state["norms"])
+        return torch.where((count >= self.min_history) & (deviation > 0), (value - mean) / deviation, 0.0)
+
+    def _moments(self, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Number, mean and standard deviation (unbiased) of what a window holds."""
         known = window != EMPTY
         count = known.sum()
         mean = torch.where(known, window, 0.0).sum() / count
         variance = torch.where(known, window - mean, 0.0).square().sum() / (count - 1)
-        spread = variance.sqrt() * sigma if math.isfinite(sigma) else torch.full_like(mean, math.inf)
-        return torch.where(count >= self.min_history, mean + spread, math.inf)
+        return count, mean, variance.sqrt()
 
     def _beyond(self, value: Tensor, limit: Tensor) -> Tensor:
         return limit.isfinite() & ~(value <= limit)

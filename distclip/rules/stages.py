@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -55,6 +55,10 @@ class Pass:
             "needs_loss": "loss",
         }
         return ", ".join([f"norm_type={self.norm_type}", *(text for name, text in told.items() if getattr(self, name))])
+
+    def detailed(self) -> Pass:
+        """With the norm of every tensor, whatever the rules need."""
+        return replace(self, needs_per_tensor=True)
 
     def decide(self, norms: Norms) -> list[Decision]:
         """What each stage makes of the norms that those before it leave."""

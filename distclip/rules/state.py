@@ -155,3 +155,9 @@ def quantile(values: Tensor, q: float) -> Tensor:
     # Gathered: an index that is a 0-d tensor would be looked at by the host.
     low, high = ordered.gather(0, torch.stack((below.long(), torch.minimum(below.long() + 1, last)))).unbind()
     return low + (high - low) * (place - below)
+
+
+def rank_in(values: Tensor, value: Tensor) -> Tensor:
+    """The percentage of what is not EMPTY that is no larger than ``value``; 0 where all is EMPTY."""
+    known = values != EMPTY
+    return 100.0 * (known & (values <= value)).sum() / known.sum().clamp(min=1).to(torch.float64)

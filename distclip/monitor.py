@@ -1,0 +1,205 @@
+"""Watching a run: what clips did goes to sinks and alarms, and nothing waits for the device until they are asked.
+
+A clip's report stays a handful of 0-d tensors in a list. Every ``log_every`` clips all of them become numbers at once,
+with one copy from the device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distclip.alarms import Alarm, default_alarms
+from distclip.clipper import GradClipper
+from distclip.record import Event, Record
+from distclip.report import ClipReport, metrics_of, read
+from distclip.rules.thresholds import checked_count
+from distclip.sinks.base import Sink, as_sink
+from distclip.warning import warn
+
+# Steps over which clip_fraction is taken.
+_FRACTION = 100
+
+
+class AlarmWarning(UserWarning):
+    """Something about the gradients should make a user look."""
+
+
+@dataclass
+class _Waiting:
+    """A clip that nobody has read yet."""
+
+    step: int
+    time: float
+    report: ClipReport
+    values: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+class Monitor:
+    """Sends what a clipper does to sinks, and speaks up where it should make a user look.
+
+    Every rank may have one; those that are not the main process do nothing. Also a context manager.
+
+    Args:
+        clipper: whose clips are watched, wherever they happen. ``GradClipper(details_every=...)`` adds norms of single
+            tensors.
+        sinks: where records go: Sinks, paths that end in ``.jsonl``, functions of (step, metrics).
+        log_every: sinks and alarms see clips this many at a time; the device is waited for as often.
+        prefix: what names of metrics begin with where trackers show them.
+        alarms: None for one of each kind (``distclip.alarms``), () for none. Each speaks once, as an ``AlarmWarning``
+            and an event in every sink.
+        main: whether this process writes; None: rank 0 does.
+
+    Raises:
+        ValueError: ``log_every`` is below 1, or a path of another kind.
+        TypeError: a sink is of another type.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> clipper = GradClipper(model, 1.0)
+        >>> with Monitor(clipper, [lambda step, metrics: print(step, metrics["train/grad_norm"])]):
+        ...     model(torch.tensor([[3.0, 4.0]])).sum().backward()
+        ...     report = clipper.clip()
+        1 5.0
+    """
+
+    def __init__(
+        self,
+        clipper: GradClipper,
+        sinks: Iterable[Sink | Any] = (),
+        *,
+        log_every: int = 10,
+        prefix: str = "train/",
+        alarms: Iterable[Alarm] | None = None,
+        main: bool | None = None,
+    ) -> None:
+        self.log_every = checked_count("log_every", log_every)
+        self._main = (not dist.is_initialized() or dist.get_rank() == 0) if main is None else main
+        self._sinks = [as_sink(sink) for sink in sinks]
+        self._alarms = default_alarms() if alarms is None else list(alarms)
+        self._waiting: list[_Waiting] = []
+        self._clipped: deque[bool] = deque(maxlen=_FRACTION)
+        self._rule = clipper.rule
+        self._prefix = prefix
+        self._started = False
+        self._handle = clipper.register_report_hook(self._after) if self._main else None
+        self._at_exit = _closer(self)
+        atexit.register(self._at_exit)
+
+    def log(self, **values: Tensor | float) -> None:
+        """Add numbers (``loss``, ``lr``, ...) to the record of the latest clip. 0-d tensors are not waited for."""
+        if self._waiting:
+            self._waiting[-1].values |= {
+                name: value.detach() if isinstance(value, Tensor) else float(value) for name, value in values.items()
+            }
+
+    def flush(self) -> None:
+        """Hand all that waits to sinks and alarms now. Waits for the device."""
+        records = self._read()
+        if not records:
+            return
+        if not self._started:
+            self._started = True
+            self._to_sinks(lambda sink: sink.start(self._run()))
+        self._to_sinks(lambda sink: sink.write(records))
+        for event in self._events(records):
+            warn(f"step {event.step}: {event.message}", AlarmWarning)
+            self._to_sinks(lambda sink, event=event: sink.event(event))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Flush, and close the sinks. Called at the end of the process if nobody does."""
+        if self._handle is not None:
+            self._handle.remove()
+        self.flush()
+        if self._started:
+            self._to_sinks(lambda sink: sink.close())
+        self._sinks = []
+        atexit.unregister(self._at_exit)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _after(self, clipper: GradClipper, report: ClipReport, loss: Tensor | None) -> None:
+        # Before, not after: what log() says of the latest clip is to be in its record.
+        if len(self._waiting) >= self.log_every:
+            self.flush()
+        self._rule = clipper.rule
+        self._waiting.append(_Waiting(clipper.steps, time.time(), report, {} if loss is None else {"loss": loss}))
+
+    def _read(self) -> list[Record]:
+        """All that waits, as numbers, with one wait for the device."""
+        waiting, self._waiting = self._waiting, []
+        told = read([each.report for each in waiting])
+        values = _numbers([each.values for each in waiting])
+        records = []
+        for each, numbers, added in zip(waiting, told, values, strict=True):
+            self._clipped.append(numbers["clipped"])
+            metrics = metrics_of(numbers) | {"clip_fraction": sum(self._clipped) / len(self._clipped)} | added
+            records.append(Record(each.step, each.time, metrics, numbers.get("per_tensor")))
+        return records
+
+    def _events(self, records: list[Record]) -> list[Event]:
+        found = []
+        for record in records:
+            for alarm in list(self._alarms):
+                event = alarm.look(record)
+                if event is not None:
+                    self._alarms.remove(alarm)
+                    found.append(event)
+        return found
+
+    def _run(self) -> Mapping[str, Any]:
+        from distclip import __version__
+
+        return {
+            "time": time.time(),
+            "version": __version__,
+            "torch": torch.__version__,
+            "rule": str(self._rule),
+            "prefix": self._prefix,
+            "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+        }
+
+    def _to_sinks(self, call: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                call(sink)
+            except Exception as error:  # whatever a sink does, training goes on
+                self._sinks.remove(sink)
+                warn(f"{type(sink).__name__} failed and gets no more records: {type(error).__name__}: {error}")
+
+
+def _numbers(given: list[dict[str, Tensor | float]]) -> list[dict[str, float]]:
+    tensors = [value for values in given for value in values.values() if isinstance(value, Tensor)]
+    device = tensors[-1].device if tensors else None
+    read_out = iter(
+        torch.stack([each.to(device, torch.float64).view(()) for each in tensors]).tolist() if tensors else []
+    )
+    return [
+        {name: next(read_out) if isinstance(value, Tensor) else value for name, value in values.items()}
+        for values in given
+    ]
+
+
+def _closer(monitor: Monitor) -> Callable[[], None]:
+    """Closes it at the end of the process, and does not keep it alive until then."""
+    reference = weakref.ref(monitor)
+
+    def close() -> None:
+        living = reference()
+        if living is not None:
+            living.close()
+
+    return close
