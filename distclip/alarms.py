@@ -85,8 +85,8 @@ class Jump(Alarm):
             return None
         return self.event(
             record,
-            f"the gradient norm jumped to {norm:.4g}; the {len(before)} before were {mean:.4g} +- {deviation:.2g}. Look "
-            "at this step's batch. SkipOnSpike or ZClip keep such steps from doing harm.",
+            f"the gradient norm jumped to {norm:.4g}; the {len(before)} before were {mean:.4g} +- {deviation:.2g}. "
+            "Look at this step's batch. SkipOnSpike or ZClip keep such steps from doing harm.",
             norm=norm,
             mean=mean,
             std=deviation,
@@ -120,8 +120,8 @@ class Exploding(Alarm):
         return self.event(
             record,
             f"the gradient norm is growing exponentially: {self._norms[0]:.3g} to {self._norms[-1]:.3g} within "
-            f"{len(logs)} steps, {growth:.2f}-fold a step. Training is about to diverge: lower the learning rate, or clip "
-            "at a norm from before.",
+            f"{len(logs)} steps, {growth:.2f}-fold a step. Training is about to diverge: lower the learning rate, or "
+            "clip at a norm from before.",
             growth=growth,
             norm=self._norms[-1],
         )
@@ -153,7 +153,7 @@ class Vanishing(Alarm):
         return self.event(
             record,
             f"the gradient norm has vanished: {record.norm:.3g}, where the first {self.window} steps had {usual:.3g}. "
-            "Look for saturated activations, a learning rate that ran out, or a loss that is cut off from the parameters.",
+            "Look for saturated activations, a learning rate that ran out, or a loss cut off from the parameters.",
             norm=record.norm,
             usual=usual,
         )
@@ -181,10 +181,11 @@ class ClipsOften(Alarm):
         share = sum(self._clipped) / len(self._clipped)
         if len(self._clipped) < self.window or share <= self.share:
             return None
+        usual = median(self._norms or [math.nan])
         return self.event(
             record,
-            f"{share:.0%} of the last {self.window} steps were clipped: the threshold is too low to catch only outliers, "
-            f"and scales the learning rate instead. The median norm was {median(self._norms or [math.nan]):.3g}; "
+            f"{share:.0%} of the last {self.window} steps were clipped: the threshold is too low to catch only "
+            f"outliers, and scales the learning rate instead. The median norm was {usual:.3g}; "
             "`distclip suggest` names thresholds.",
             share=share,
         )
@@ -212,8 +213,8 @@ class NeverClips(Alarm):
         return self.event(
             record,
             f"none of the last {self.window} steps was clipped: the threshold of {threshold:.3g} is idle, the largest "
-            f"norm was {self._largest:.3g}. A spike must be larger than the threshold to be stopped; `distclip suggest` "
-            "names lower ones.",
+            f"norm was {self._largest:.3g}. A spike must be larger than the threshold to be stopped; `distclip "
+            "suggest` names lower ones.",
             largest=self._largest,
             threshold=threshold,
         )
