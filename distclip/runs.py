@@ -1,0 +1,116 @@
+"""Logged runs, read back from the JSON lines that ``sinks.JsonLines`` wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distclip.record import Event, Record
+
+_NOT_METRICS = {"kind", "step", "time", "per_tensor"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One log."""
+
+    path: Path
+    info: Mapping[str, Any]
+    """What its last line of kind ``run`` says: ``rule``, ``version``, ``world_size`` ..."""
+    records: tuple[Record, ...]
+    """Ordered by step; of two with the same step, as a resumed run leaves them, the later."""
+    events: tuple[Event, ...]
+    broken_lines: int = 0
+    """Lines that could not be read: what a crash left of one."""
+
+    @property
+    def name(self) -> str:
+        """What to call it: its file, or the folder of a file that is called like all others."""
+        return (
+            self.path.parent.name
+            if self.path.stem in ("run", "steps", "log") and self.path.parent.name
+            else self.path.stem
+        )
+
+    def series(self, metric: str) -> list[float]:
+        """A metric in every record; NaN where a record has none."""
+        return [record.metrics.get(metric, math.nan) for record in self.records]
+
+    @property
+    def steps(self) -> list[int]:
+        """The number of every record's step."""
+        return [record.step for record in self.records]
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """Read a log, also one that is still being written.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no steps of a run.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    info: dict[str, Any] = {}
+    records: dict[int, Record] = {}
+    events: list[Event] = []
+    broken = 0
+    for line in filter(str.strip, lines):
+        told = _parsed(line)
+        kind = told.get("kind")
+        if kind == "run":
+            info = told
+        elif kind == "alarm":
+            events.append(_event(told))
+        elif kind == "step":
+            records[told["step"]] = _record(told)
+        else:
+            broken += 1
+    if not records:
+        what = f"none of its {len(lines)} lines is one" if broken else "it has none"
+        raise ValueError(f'{path}: is no log of a run ({what} with "kind": "step"): write one with sinks.JsonLines')
+    return Run(path, info, tuple(records[step] for step in sorted(records)), tuple(events), broken)
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """What a line holds; {} where that is not what distclip writes."""
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return {}
+    if not isinstance(told, dict):
+        return {}
+    if told.get("kind") in ("step", "alarm") and not (isinstance(told.get("step"), int) and told["step"] >= 0):
+        return {}
+    return told
+
+
+def _record(told: dict[str, Any]) -> Record:
+    per_tensor = told.get("per_tensor")
+    metrics = {key: _number(value) for key, value in told.items() if key not in _NOT_METRICS}
+    tensors = {str(key): _number(value) for key, value in per_tensor.items()} if isinstance(per_tensor, dict) else None
+    return Record(told["step"], _number(told.get("time")), metrics, tensors)
+
+
+def _event(told: dict[str, Any]) -> Event:
+    values = told.get("values")
+    return Event(
+        told["step"],
+        str(told.get("alarm", "")),
+        str(told.get("message", "")),
+        {str(key): _number(value) for key, value in values.items()} if isinstance(values, dict) else {},
+    )
+
+
+def _number(value: Any) -> float:
+    """A number, or one of the texts that stand for inf and NaN; NaN for all else."""
+    if isinstance(value, bool | int | float):
+        return float(value)
+    return float(value) if value in ("inf", "-inf", "nan") else math.nan
