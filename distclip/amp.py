@@ -103,12 +103,19 @@ def refuse_scaled(params: Sequence[Tensor]) -> None:
 def tell(params: Sequence[Tensor], found: Tensor) -> None:
     """Let those scalers know what a clip of these parameters found on all ranks."""
     for scaler in _alive:
-        for optimizer in scaler._serves(params):
-            if _stage(scaler, optimizer) is OptState.UNSCALED:
-                # What unscale_, or a clip of its other parameters, has found stays found. (1 and not a sum of several:
-                # fused kernels skip for no other number.)
-                before = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
-                record(scaler, [optimizer], torch.stack([found, *(flag.to(found.device) > 0 for flag in before)]).any())
+        add(scaler, scaler._serves(params), found)
+
+
+def add(scaler: torch.amp.GradScaler, optimizers: Sequence[Optimizer], found: Tensor) -> None:
+    """Note what a clip found on all ranks for those of the optimizers whose gradients ``unscale_`` has unscaled."""
+    for optimizer in optimizers:
+        if _stage(scaler, optimizer) is OptState.UNSCALED:
+            # What unscale_, or a clip of its other parameters, has found stays found. (1 and not a sum of several:
+            # fused kernels skip for no other number.)
+            before = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+            # FSDP1's have a shape of (1,).
+            flags = [found, *(flag.view(()).to(found.device) > 0 for flag in before)]
+            record(scaler, [optimizer], torch.stack(flags).any())
 
 
 def scale_of(scaler: torch.amp.GradScaler, optimizers: Sequence[Optimizer]) -> Tensor | None:

@@ -7,6 +7,7 @@ pass over the gradients, and any wait for the norm, can be saved.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -102,6 +103,16 @@ def can_fold(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> bool:
         return False
     stepped = parameters_of(optimizers)
     return all(id(param) in stepped for param in params if param.grad is not None)
+
+
+def inside_step(optimizers: Sequence[Optimizer]) -> bool:
+    """Whether one of them is stepping right now: the caller is its closure, and no step is to come."""
+    frame = sys._getframe().f_back
+    while frame is not None:
+        if frame.f_code.co_name == "step" and any(frame.f_locals.get("self") is each for each in optimizers):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Fold:

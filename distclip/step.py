@@ -12,7 +12,7 @@ from distclip import amp, engine
 from distclip.apply import apply
 from distclip.gradients import LocalGrads
 from distclip.gradients import found as found_grads
-from distclip.optimizers import Fold, can_fold, check_covered, fits_grad_scale
+from distclip.optimizers import Fold, can_fold, check_covered, fits_grad_scale, inside_step
 from distclip.plan import Plan
 
 
@@ -81,7 +81,7 @@ class Stepping:
         if on_host and grad_scale is None and effect.known_to_be_nothing and not found and not skips:
             return "nothing"
         divisor = _divisor(effect.coefficient, found, grad_scale) if effect.scales_only else None
-        if divisor is not None and can_fold(self.optimizers, params):
+        if divisor is not None and can_fold(self.optimizers, params) and not inside_step(self.optimizers):
             self._fold = Fold(
                 self.optimizers,
                 divisor,

@@ -199,6 +199,25 @@ def test_a_closure_gets_gradients_in_place() -> None:
 
 
 @fused
+def test_a_clip_inside_a_closure_is_for_the_step_that_runs(fused: bool) -> None:
+    ours, theirs = make_model(), make_model()
+    optimizer, reference = (torch.optim.SGD(m.parameters(), lr=1.0, fused=fused) for m in (ours, theirs))
+    clipper = GradClipper(ours, 1e-3, optimizer=optimizer)
+
+    def closure() -> float:
+        loss = loss_of(ours, 0)
+        loss.backward()
+        assert clipper.clip().applied == "in place"
+        return loss.item()
+
+    optimizer.step(closure)
+    loss_of(theirs, 0).backward()
+    nn.utils.clip_grad_norm_(theirs.parameters(), 1e-3)
+    reference.step()
+    same(ours, theirs)
+
+
+@fused
 def test_skip_leaves_parameters_and_state_as_they_were(fused: bool) -> None:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)

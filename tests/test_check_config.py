@@ -151,7 +151,7 @@ def test_traps_of_deepspeed(content: dict[str, Any], key: str, message: str, tmp
         (
             {"distributed_type": "MULTI_CPU", "mixed_precision": "fp16"},
             "mixed_precision",
-            "error: fp16, which Accelerate refuses on the CPU",
+            "warning: fp16, for which Accelerate trains in float32 on the CPU",
         ),
         (
             {
@@ -167,6 +167,16 @@ def test_traps_of_deepspeed(content: dict[str, Any], key: str, message: str, tmp
             {"distributed_type": "MULTI_GPU", "num_machines": 2, "main_process_ip": "10.0.0.1"},
             "main_process_port",
             "warning: 2 machines, but main_process_port is not set",
+        ),
+        (
+            {"distributed_type": "MULTI_CPU", "num_processes": 2},
+            "distributed_type",
+            "warning: MULTI_CPU, for which accelerate launch starts one process only",
+        ),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"gradient_clipping": 0.0}},
+            "deepspeed_config.gradient_clipping",
+            "note: 0.0, which Accelerate drops",
         ),
         ({"distributed_type": "MULTI_GPU", "num_machines": 3}, "num_processes", "error: 8 is the number on all"),
         (
@@ -263,3 +273,14 @@ def test_without_the_command_line_s_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.strip() == "distclip: the command line needs typer: pip install 'distclip[cli]'"
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_that_come_along(path: Path) -> None:
+    found = check_config(path)
+    assert found.works, str(found)
+    levels = {(finding.level, finding.key) for finding in found.findings}
+    assert not {key for level, key in levels if level == "warning"}, str(found)

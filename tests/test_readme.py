@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ def setting() -> dict[str, Any]:
     return names | groups | {"model": model, "stage": model, "optimizer": optimizer, "batches": [torch.tensor([3])]}
 
 
+def frameworks(model: nn.Module) -> dict[str, Any]:
+    """Trainers that have not begun."""
+    from lightning.fabric import Fabric
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(output_dir=tempfile.mkdtemp(), use_cpu=True, report_to=[])
+    return {"trainer": Trainer(model=model, args=arguments), "fabric": Fabric(accelerator="cpu", devices=1)}
+
+
 def run(block: str) -> str:
     names = setting()
     if "deepspeed" in block:
@@ -55,6 +65,8 @@ def run(block: str) -> str:
             "zero_optimization": {"stage": 2},
             "zero_allow_untested_optimizer": True,
         }
+    if "fabric.install" in block:
+        names |= frameworks(names["model"])
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(block, names)
         clipper = names.get("clipper")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distclip.check.facts import Facts
+from distclip.check.facts import SECTION, Facts
 
 _SHARDED = {
     "FULL_SHARD": "flat parameters, each cut over all ranks",
@@ -69,4 +69,6 @@ def clips(facts: Facts) -> str:
         return "DeepSpeed at 1.0, its default, until a GradClipper of the engine takes its place"
     if limit == "auto":
         return "DeepSpeed at 1.0, which Accelerate puts for auto, until a GradClipper of the engine takes its place"
+    if limit == 0 and facts.prefix == SECTION:
+        return "DeepSpeed at 1.0, because Accelerate drops a 0.0, until a GradClipper of the engine takes its place"
     return f"DeepSpeed at {limit}, until a GradClipper of the engine takes its place" if limit else "nothing: 0 is off"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from distclip.check.facts import Facts, Finding
+from distclip.check.facts import SECTION, Facts, Finding
 
 
 def _file_refused(facts: Facts) -> Iterator[Finding]:
@@ -21,9 +21,15 @@ def _file_refused(facts: Facts) -> Iterator[Finding]:
 def _two_clippers(facts: Facts) -> Iterator[Finding]:
     limit = facts.deepspeed.get("gradient_clipping")
     key = facts.where("gradient_clipping")
-    if facts.engine != "deepspeed" or limit == 0:
+    if facts.engine != "deepspeed" or (limit == 0 and facts.prefix != SECTION):
         return
-    if limit in (None, "auto"):
+    if limit == 0:
+        yield Finding(
+            "note",
+            key,
+            "0.0, which Accelerate drops, and DeepSpeed's default is 1.0. A GradClipper of the engine switches it off.",
+        )
+    elif limit in (None, "auto"):
         yield Finding(
             "warning",
             key,
@@ -72,7 +78,9 @@ def _fp16_without_scaler(facts: Facts) -> Iterator[Finding]:
     if facts.precision != "fp16":
         return
     if facts.cpu and facts.kind == "Accelerate":
-        yield Finding("error", "mixed_precision", "fp16, which Accelerate refuses on the CPU: take bf16.")
+        yield Finding(
+            "warning", "mixed_precision", "fp16, for which Accelerate trains in float32 on the CPU, without a word."
+        )
     scale = facts.section("fp16").get("loss_scale", 0)
     if facts.engine == "deepspeed" and scale not in (0, "auto"):
         what = "no loss scaling at all" if scale == 1 else f"a loss scale that stays at {scale}"
@@ -129,6 +137,17 @@ def _fsdp_on_cpu(facts: Facts) -> Iterator[Finding]:
             "use_cpu",
             "Accelerate runs FSDP, tensor parallelism and DeepSpeed on accelerators only: on the CPU it falls back to "
             "one process, or counts the ranks wrongly. MULTI_CPU (DDP) works.",
+        )
+
+
+def _multi_cpu(facts: Facts) -> Iterator[Finding]:
+    several = facts.processes is not None and facts.processes > 1
+    if facts.content.get("distributed_type") == "MULTI_CPU" and several and not facts.content.get("mpirun_config"):
+        yield Finding(
+            "warning",
+            "distributed_type",
+            "MULTI_CPU, for which accelerate launch starts one process only, unless mpirun_config names hosts. Several "
+            "on the CPU: MULTI_GPU here, and Accelerator(cpu=True) in the script (launch/accelerate/multi_cpu.yaml).",
         )
 
 
@@ -227,6 +246,7 @@ TRAPS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _refused_by_distclip,
     _max_grad_norm,
     _fsdp_on_cpu,
+    _multi_cpu,
     _mesh_and_processes,
     _precisions_differ,
     _fp16_without_scaler,

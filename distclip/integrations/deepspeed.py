@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from distclip.layout.zero import homes
+from distclip.rules.compose import as_rule
 from distclip.warning import warn
 
 if TYPE_CHECKING:
@@ -117,12 +118,12 @@ class EngineHooks:
 
     def _install(self) -> None:
         engine, optimizer = self._engine, self._engine.optimizer
-        # Where the configuration says nothing DeepSpeed clips as well, to 1.0, but nobody asked for it.
-        configured = engine._config._param_dict.get("gradient_clipping")
-        if configured:
+        configured = configured_norm(engine)
+        if configured and as_rule(configured).signature != self._clipper.rule.signature:
             warn(
                 f"gradient_clipping={configured} in DeepSpeed's configuration is off: {self._clipper.rule!r} of this "
-                "GradClipper holds instead. Remove it there to be rid of this warning."
+                "GradClipper holds instead. Remove it there to be rid of this warning (under Accelerate, whose default "
+                "is 1.0: gradient_clipping: 0.0)."
             )
         self._take_step = engine._take_model_step
         self._set(engine, "_distclip_hooks", self)
@@ -245,6 +246,13 @@ class EngineHooks:
 
     def _carry_out(self, params: set[int] | None = None) -> None:
         self._clipper._carry_out(self._judged(), params, self._grad_scale)
+
+
+def configured_norm(engine: Any) -> float | None:
+    """``gradient_clipping`` in DeepSpeed's configuration: None where it says nothing, 0 for no clipping."""
+    # Where it says nothing DeepSpeed clips as well, to 1.0, but nobody asked for it.
+    configured: float | None = engine._config._param_dict.get("gradient_clipping")
+    return configured
 
 
 def _check_known(engine: Any) -> None:

@@ -23,8 +23,8 @@ class TensorBoard(Sink):
     """
 
     def __init__(self, target: str | os.PathLike[str] | Any) -> None:
-        self._own = isinstance(target, str | os.PathLike)
-        self._target = target
+        self._folder = os.fspath(target) if isinstance(target, str | os.PathLike) else None
+        self._writer: Any = None if self._folder else target
         self._prefix = ""
 
     def start(self, run: Mapping[str, Any]) -> None:
@@ -33,28 +33,28 @@ class TensorBoard(Sink):
             optional("tensorboard", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
-            self._target = SummaryWriter(os.fspath(self._target))  # type: ignore[no-untyped-call]
-        self._target.add_text(f"{self._prefix}clipping", f"rule `{run['rule']}`, distclip {run['version']}")
+            self._writer = SummaryWriter(os.fspath(self._writer))
+        self._writer.add_text(f"{self._prefix}clipping", f"rule `{run['rule']}`, distclip {run['version']}")
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:
             for name, value in record.metrics.items():
-                self._target.add_scalar(self._prefix + name, value, record.step, record.time)
+                self._writer.add_scalar(self._prefix + name, value, record.step, record.time)
             if record.per_tensor:
                 self._histogram("tensor_norms_log10", list(record.per_tensor.values()), record.step)
         self._histogram("grad_norm_log10", [record.norm for record in records], records[-1].step)
-        self._target.flush()
+        self._writer.flush()
 
     def event(self, event: Event) -> None:
-        self._target.add_text(f"{self._prefix}alarms", event.message, event.step)
+        self._writer.add_text(f"{self._prefix}alarms", event.message, event.step)
 
     def close(self) -> None:
-        if self._own:
-            self._target.close()
+        if self._folder is not None:
+            self._writer.close()
 
     def _histogram(self, name: str, norms: list[float], step: int) -> None:
         import torch
 
         logs = [math.log10(norm) for norm in norms if _SMALLEST < norm < math.inf]
         if logs:
-            self._target.add_histogram(self._prefix + name, torch.tensor(logs), step)
+            self._writer.add_histogram(self._prefix + name, torch.tensor(logs), step)
