@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 import distclip
 from distclip import GradClipper, Monitor
-from distclip.sinks import MLflow, Sink, TensorBoard, Terminal, Tracker
+from distclip.sinks import Sink, TensorBoard, Terminal, Tracker
 from distclip.sinks.terminal import sparkline
 
 NORMS = [0.5, 2.0, 4.0, math.inf]
@@ -99,24 +100,48 @@ def test_wandb_offline(start: str, tmp_path: Path) -> None:
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
-@pytest.mark.filterwarnings("ignore")  # of mlflow's own dependencies
-@pytest.mark.parametrize("own", [True, False])
-def test_mlflow_offline(own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    mlflow.set_tracking_uri(tmp_path.as_uri())
-    run_id = None if own else mlflow.start_run().info.run_id
-    watched(MLflow(run_name="mine") if own else MLflow())
-    assert (mlflow.active_run() is None) == own
-    mlflow.end_run()
-    client = mlflow.MlflowClient()
-    (run,) = client.search_runs(["0"])
-    assert own or run.info.run_id == run_id
-    history = client.get_metric_history(run.info.run_id, "train/grad_norm")
-    assert [each.step for each in history] == [1, 2, 3, 4]
-    assert [each.value for each in history] == pytest.approx(NORMS)
-    assert run.data.params["distclip_rule"] == "global_norm=1.0"
-    assert run.data.tags["distclip.nonfinite"].startswith("step 4: a gradient held an inf or NaN")
+MLFLOW = """
+import json, sys, torch, warnings, mlflow, distclip
+from distclip.sinks import MLflow
+warnings.simplefilter("ignore")
+own = sys.argv[1] == "own"
+mlflow.set_tracking_uri("file://" + sys.argv[2])
+mlflow.set_experiment("clipping")
+run_id = None if own else mlflow.start_run().info.run_id
+model = torch.nn.Linear(2, 1, bias=False)
+clipper = distclip.GradClipper(model, 1.0)
+with distclip.Monitor(clipper, [MLflow(run_name="mine") if own else MLflow()], log_every=2):
+    for norm in (0.5, 2.0, float("inf")):
+        model.weight.grad = torch.tensor([[0.6, 0.8]]) * norm
+        clipper.clip()
+over = mlflow.active_run() is None
+mlflow.end_run()
+client = mlflow.MlflowClient()
+(run,) = client.search_runs([client.get_experiment_by_name("clipping").experiment_id])
+history = [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, "train/grad_norm")]
+print(json.dumps([run_id in (None, run.info.run_id), over, history, run.data.params, run.data.tags]))
+"""
+
+
+@pytest.mark.parametrize("start", ["own", "script's"])
+def test_mlflow_offline(start: str, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    done = subprocess.run(
+        [sys.executable, "-c", MLFLOW, start, str(tmp_path / "mlruns")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+        env={**os.environ, "MLFLOW_ALLOW_FILE_STORE": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+    same_run, over, history, params, tags = json.loads(done.stdout.splitlines()[-1])
+    assert same_run
+    assert over == (start == "own")
+    assert [step for step, _ in history] == [1, 2, 3]
+    assert [value for _, value in history] == pytest.approx([0.5, 2.0, math.inf])
+    assert params["distclip_rule"] == "global_norm=1.0"
+    assert tags["distclip.nonfinite"].startswith("step 3: a gradient held an inf or NaN")
 
 
 def test_accelerate_s_trackers(tmp_path: Path) -> None:
@@ -134,10 +159,10 @@ def test_accelerate_s_trackers(tmp_path: Path) -> None:
         def tracker(self) -> Any:
             return self.logged
 
-        @on_main_process
+        @on_main_process  # type: ignore[untyped-decorator]
         def store_init_configuration(self, values: Any) -> None: ...
 
-        @on_main_process
+        @on_main_process  # type: ignore[untyped-decorator]
         def log(self, values: dict[str, float], step: int, **_: Any) -> None:
             self.logged.append((step, values))
 

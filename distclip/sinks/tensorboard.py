@@ -29,11 +29,11 @@ class TensorBoard(Sink):
 
     def start(self, run: Mapping[str, Any]) -> None:
         self._prefix = run["prefix"]
-        if self._own:
+        if self._folder is not None:
             optional("tensorboard", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(os.fspath(self._writer))
+            self._writer = SummaryWriter(self._folder)
         self._writer.add_text(f"{self._prefix}clipping", f"rule `{run['rule']}`, distclip {run['version']}")
 
     def write(self, records: Sequence[Record]) -> None:
