@@ -102,6 +102,10 @@ class GradClipper:
         """What the last ``clip()`` did."""
         self.steps = 0
         """Number of clips so far."""
+        if is_engine(model):
+            from distclip.integrations.deepspeed_pipeline import stages_of
+
+            pipeline_group = stages_of(model, pipeline_group)
         self._pipeline = as_rank_group("pipeline_group", pipeline_group)
         self._params = ModuleParameters(as_modules(model), may_be_empty=pipeline_group is not None)
         self._plan: Plan | None = None
