@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One node or several, by DeepSpeed's launcher. Arguments go to the script.
 #   launch/deepspeed.sh --parallel zero2
-#   SCRIPT=launch/deepspeed_train.py launch/deepspeed.sh --config launch/deepspeed_configs/zero3.json
+#   SCRIPT=launch/deepspeed_train.py launch/deepspeed.sh --config launch/deepspeed/zero3.json
 #   HOSTFILE=hosts launch/deepspeed.sh --parallel zero3                     (on one node, which reaches all by ssh)
 #   HOSTFILE=hosts NODE_RANK=0 RDZV_ENDPOINT=node0:29500 launch/deepspeed.sh --parallel zero3       (on each, no ssh)
 # Settings, besides SCRIPT and PYTHON (see settings.sh):

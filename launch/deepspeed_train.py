@@ -1,9 +1,9 @@
-"""DeepSpeed with one of launch/deepspeed_configs/*.json, clipped by distclip: a short script to copy from.
+"""DeepSpeed with one of launch/deepspeed/*.json, clipped by distclip: a short script to copy from.
 
-    SCRIPT=launch/deepspeed_train.py NPROC=2 launch/deepspeed.sh --config launch/deepspeed_configs/zero2.json
-    SCRIPT=launch/deepspeed_train.py NPROC=2 launch/torchrun.sh --config launch/deepspeed_configs/zero3.json
+    SCRIPT=launch/deepspeed_train.py NPROC=2 launch/deepspeed.sh --config launch/deepspeed/zero2.json
+    SCRIPT=launch/deepspeed_train.py NPROC=2 launch/torchrun.sh --config launch/deepspeed/zero3.json
 
-The configuration says nothing of `gradient_clipping`: what the clipper says holds inside engine.step().
+The configurations have `gradient_clipping` 0.0: what the clipper says holds inside engine.step().
 """
 
 import argparse

@@ -26,7 +26,7 @@ from tests.ranks import ranks
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
-CONFIGS = sorted((LAUNCH / "deepspeed_configs").glob("*.json"))
+CONFIGS = sorted((LAUNCH / "deepspeed").glob("*.json"))
 TASK = ("--parallel", "fsdp2", "--model", "transformer", "--steps", "4", "--rule", "global_norm=0.1", "--compare")
 SAME = "the same training"
 
@@ -265,7 +265,7 @@ def test_the_example_for_deepspeed() -> None:
     def norms(launcher: str, config: str, **settings: Any) -> list[str]:
         task = (
             "--config",
-            str(LAUNCH / "deepspeed_configs" / config),
+            str(LAUNCH / "deepspeed" / config),
             "--steps",
             "3",
             "--distclip-rule",
@@ -295,14 +295,14 @@ def test_configurations_of_deepspeed(file: str) -> None:
     from tests import test_deepspeed as engines
 
     deepspeed = engines.start_deepspeed()
-    config = json.loads((LAUNCH / "deepspeed_configs" / file).read_text())
-    assert "gradient_clipping" not in config
+    config = json.loads((LAUNCH / "deepspeed" / file).read_text())
+    assert config["gradient_clipping"] == 0.0
     if "fp16" in config:
         engines.allow_fp16_on_cpu()
     torch.manual_seed(1)
     model = engines.Net()
     optimizer = torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=1.0)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=str(LAUNCH / "deepspeed_configs" / file))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=str(LAUNCH / "deepspeed" / file))
     clipper = GradClipper(engine, 0.5)
 
     def backward(step: int) -> None:
