@@ -42,7 +42,9 @@ def zero(stage: int, model: nn.Module, job: Job, options: Options) -> Spread:
 
 def check(options: Options, world: int) -> None:
     """Raise ValueError where there is no DeepSpeed."""
-    if importlib.util.find_spec("deepspeed") is None:
+    found = importlib.util.find_spec("deepspeed")
+    # Without the package the folder launch/deepspeed is found, which has no file of its own.
+    if found is None or found.origin is None:
         raise ValueError(f"--parallel {options.parallel} needs DeepSpeed: pip install 'distclip[deepspeed]'")
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from distclip.check import Checked, check_config
+from distclip.cli import main
 from tests.ranks import run_ranks
 
 ACCELERATE: dict[str, Any] = {"compute_environment": "LOCAL_MACHINE", "num_processes": 8, "num_machines": 1}
@@ -257,14 +258,18 @@ def test_command_fails_where_a_run_would(tmp_path: Path) -> None:
         ("other.yaml", "a: 1", "is neither a config of Accelerate (it has no distributed_type) nor of DeepSpeed"),
     ],
 )
-def test_bad_files_are_one_line_and_status_2(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+def test_bad_files_are_one_line_and_status_2(
+    name: str, text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / name
     if text is not None:
         path.write_text(text)
-    done = command("check", str(path))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(path)])
+    assert ended.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    (line,) = told.err.splitlines()
     assert line.startswith(f"distclip: {path}: {message}")
 
 
@@ -278,7 +283,10 @@ def test_without_the_command_line_s_library() -> None:
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = [*(ROOT / "launch" / "accelerate").glob("*.yaml"), *(ROOT / "launch" / "deepspeed").glob("*.json")]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS), ids=lambda path: path.name)
 def test_configs_that_come_along(path: Path) -> None:
     found = check_config(path)
     assert found.works, str(found)

@@ -5,6 +5,7 @@ import io
 import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,8 @@ def run(block: str) -> str:
             "zero_optimization": {"stage": 2},
             "zero_allow_untested_optimizer": True,
         }
+    if "torchtitan" in block:
+        names["torchtitan"] = SimpleNamespace(distributed=SimpleNamespace(utils=SimpleNamespace()))
     if "fabric.install" in block:
         names |= frameworks(names["model"])
     with contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -78,7 +78,12 @@ class Holding:
     @property
     def place(self) -> str:
         """Which piece this is, by its place in each group that cuts the tensor."""
-        return str([group.order(dist.get_rank()) for group in self.held.layout.sharded])
+        layout = self.held.layout
+        places = [group.order(dist.get_rank()) for group in layout.sharded]
+        if layout.tie is not None and layout.sharded and self.values is not None:
+            # Pipeline stages that share a tensor may cut it elsewhere (DeepSpeed's ZeRO 1).
+            places += [self.held.piece.start, self.values.numel()]
+        return str(places)
 
     def elements(self) -> Tensor:
         """The gradient as float64 in one dimension, complex numbers as pairs, on the CPU; of none, none."""

@@ -9,7 +9,7 @@ optimizer                     measured in place of                     clipped i
 ZeRO 1, 2                     ``check_overflow, scaled_global_norm``   ``unscale_and_clip_grads``
 ZeRO 3                        ``check_overflow, _get_norm_groups``     ``unscale_and_clip_grads``
 fp16 or bf16 at stage 0       nothing: before the step                 ``unscale_and_clip_grads``
-bf16, float32 accumulation    ``get_grads_for_norm``                   nothing: in its float32 buffer
+bf16, own accumulation        ``get_grads_for_norm``                   nothing: in its buffer, mostly float32
 torch's, at stage 0           nothing: before the step                 nothing: in ``.grad``
 ============================  =======================================  ===============================
 
@@ -20,6 +20,8 @@ pull request 8393. Here gradients are divided by what they were multiplied with.
 
 With ``nonfinite="propagate"`` it is DeepSpeed that decides on an inf or NaN: it skips the step, but not for bf16 at
 stages 1 and 2 without ``check_grad_overflow``, nor for torch's optimizers at stage 0.
+
+What is of its PipelineEngine alone stands in ``deepspeed_pipeline``.
 
 Everything here rests on internals of DeepSpeed. ``NEEDED`` lists them, and an engine without them is refused.
 """
@@ -35,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from distclip.integrations import deepspeed_pipeline as pipeline
 from distclip.layout.zero import homes
 from distclip.rules.compose import as_rule
 from distclip.warning import warn
@@ -106,6 +109,7 @@ class EngineHooks:
         # Whether the optimizer, which knows the scale, ran this step's backward. ZeRO is always asked for it.
         self._backward_scales = False
         self._restore: list[Callable[[], None]] = []
+        pipeline.declare_ties(engine)
         self._groups: dict[int, set[int]] = defaultdict(set)
         for home in homes(engine.optimizer):
             self._groups[home.group].add(id(home.param))
@@ -260,8 +264,8 @@ def _check_known(engine: Any) -> None:
     optimizer = engine.optimizer
     inner = type(getattr(optimizer, "optimizer", optimizer)).__name__
     reasons = {
-        "a PipelineEngine": type(engine).__name__ == "PipelineEngine",
-        "model parallelism (mpu or autotp)": engine.mp_world_size > 1 or engine.autotp_size() > 1,
+        **pipeline.refused(engine),
+        "model parallelism (mpu or autotp)": _slices(engine) > 1 or engine.autotp_size() > 1,
         "Muon, whose updates stand where the gradients were": "muon" in inner.lower(),
         "an optimizer offloaded to NVMe": bool(getattr(optimizer, "swap_optimizer", False)),
         "torch_autocast with float16 under ZeRO": getattr(optimizer, "torch_autocast_gradscaler", None) is not None,
@@ -273,6 +277,11 @@ def _check_known(engine: Any) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise NotImplementedError(f"GradClipper does not clip in a DeepSpeed engine with {reason}")
+
+
+def _slices(engine: Any) -> int:
+    """Into how many parts tensors are cut. What a PipelineEngine calls its model parallel ranks are its stages too."""
+    return 1 if pipeline.is_pipeline(engine) else int(engine.mp_world_size)
 
 
 def _check_internals(engine: Any) -> None:

@@ -6,7 +6,7 @@ scale, and lie
 - stage 0: in ``.grad``, then for fp16 and bf16 in the float32 copies of the parameters;
 - stages 1 and 2: in the optimizer's list of tensors that make up this rank's partition of a parameter group, then (with
   an offloaded optimizer: from the start) in the flat float32 partition;
-- stage 1 with bf16 parameters and float32 accumulation: whole on every rank, in a float32 buffer;
+- stage 1 with bf16 parameters and float32 accumulation, a pipeline's bf16 stages: whole on every rank, in a buffer;
 - stage 3: as for 2, but each parameter is cut by itself, and groups are cut further into sub-groups. A parameter that a
   step does not use keeps there, in DeepSpeed 0.19.8, its gradient of the step before: the optimizer steps with it
   again, so it counts in the norm.
