@@ -109,17 +109,14 @@ class GradClipper:
         """What the last ``clip()`` did."""
         self.steps = 0
         """Number of clips so far."""
-<<<<<<< HEAD
         self.details_every = _checked_details(details_every)
         """In every so many clips the report holds the norm of each tensor; 0 for none. The same on every rank."""
         self._nonfinite_steps: Tensor | int = 0
         self._report_hooks: OrderedDict[int, ReportHook] = OrderedDict()
-=======
         if is_engine(model):
             from distclip.integrations.deepspeed_pipeline import stages_of
 
             pipeline_group = stages_of(model, pipeline_group)
->>>>>>> issue-7
         self._pipeline = as_rank_group("pipeline_group", pipeline_group)
         self._params = ModuleParameters(as_modules(model), may_be_empty=pipeline_group is not None)
         self._plan: Plan | None = None
