@@ -19,10 +19,12 @@ from distclip.config_values import KINDS, rule_of
 from distclip.declare import declare
 from distclip.engine import NonFinite
 from distclip.hints import closest, optional
+from distclip.monitor import Monitor
 from distclip.parameters import as_modules, named_parameters
 from distclip.rules.base import Rule
 from distclip.rules.compose import PerGroup
 from distclip.rules.tensors import matches
+from distclip.sinks.base import Sink
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +66,12 @@ class ClipConfig:
     """Plain parameters that differ from rank to rank: by pattern the axis of a DeviceMesh. Text: ``experts.*=ep``"""
     replicated: Mapping[str, str] = field(default_factory=dict)
     """Parameters that the ranks of an axis hold alike under pipeline stages, which count once. As ``sharded``."""
+    details_every: int = 0
+    """In every so many clips reports hold the norm of each tensor; 0 for none."""
+    log: str | None = None
+    """A file that ends in .jsonl: where ``monitor()`` writes."""
     log_every: int = 1
-    """Integrations log every so many steps (and wait for the device then)."""
+    """Integrations and ``monitor()`` log every so many steps (and wait for the device then)."""
     log_prefix: str = "train/"
     """What their names of metrics begin with: ``train/grad_norm``."""
 
@@ -157,7 +163,17 @@ class ClipConfig:
             nonfinite=self.nonfinite,
             pipeline_group=pipeline,
             check=self.check,
+            details_every=self.details_every,
         )
+
+    def monitor(self, clipper: GradClipper, *sinks: Sink | Any) -> Monitor:
+        """A Monitor of a clipper, with these settings; its sinks are ``log`` and those given.
+
+        Raises:
+            TypeError, ValueError: a sink is none.
+        """
+        every = [*([self.log] if self.log else []), *sinks]
+        return Monitor(clipper, every, log_every=self.log_every, prefix=self.log_prefix)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as YAML and JSON take them; a Rule as its text."""

@@ -106,7 +106,7 @@ def _check_axis(name: str, value: Any) -> str | None:
     return value
 
 
-def _read_axis(name: str, text: str) -> str | None:
+def _read_optional(name: str, text: str) -> str | None:
     return None if text == "none" else text
 
 
@@ -123,9 +123,9 @@ def _read_axes(name: str, text: str) -> dict[str, str]:
     return {pattern.strip(): axis.strip() for pattern, _, axis in pairs}
 
 
-def _check_count(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+def _check_count(least: int, name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
     return value
 
 
@@ -133,7 +133,13 @@ def _read_count(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{name} must be a whole number from 1 on, got {text!r}") from None
+        raise ValueError(f"{name} must be a whole number, got {text!r}") from None
+
+
+def _check_log(name: str, value: Any) -> str | None:
+    if value is not None and not (isinstance(value, str) and value.endswith(".jsonl")):
+        raise ValueError(f"{name} must be a file that ends in .jsonl, got {value!r}")
+    return value
 
 
 def _check_text(name: str, value: Any) -> str:
@@ -148,9 +154,11 @@ KINDS: dict[str, Kind] = {
     "groups": Kind("rules of their own: 'head.* -> norm=1 ; ...'", _check_groups, _read_groups, _write_groups),
     "nonfinite": Kind(f"what an inf or NaN does: {', '.join(NONFINITE)}", partial(_check_choice, NONFINITE)),
     "check": Kind(f"when to compare ranks: {', '.join(WHEN)}", partial(_check_choice, WHEN)),
-    "pipeline_group": Kind("mesh axis of the pipeline's stages, or none", _check_axis, _read_axis),
+    "pipeline_group": Kind("mesh axis of the pipeline's stages, or none", _check_axis, _read_optional),
     "sharded": _AXES("plain parameters that differ from rank to rank: 'experts.*=ep'"),
     "replicated": _AXES("parameters that pipeline stages share: 'embed.*=pp'"),
-    "log_every": Kind("log every so many steps", _check_count, _read_count),
+    "details_every": Kind("measure each tensor every so many steps, 0: never", partial(_check_count, 0), _read_count),
+    "log": Kind("a file for the run's log, in JSON lines: FILE.jsonl, or none", _check_log, _read_optional),
+    "log_every": Kind("log every so many steps", partial(_check_count, 1), _read_count),
     "log_prefix": Kind("what names of metrics begin with", _check_text),
 }

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import distclip
 from distclip import ClipByGlobalNorm, ClipByNorm, ClipConfig, PerGroup
 from distclip.config import as_config
+from distclip.runs import read_run
 from tests.ranks import ranks
 
 
@@ -73,6 +74,8 @@ def test_a_script_s_own_parser_takes_the_options() -> None:
         ("rule: -1", "max_norm must be at least 0, got -1"),
         ("rule:", "rule must be a number or a rule, got None"),
         ("log_every: true", "log_every must be a whole number from 1 on, got True"),
+        ("details_every: -1", "details_every must be a whole number from 0 on, got -1"),
+        ("log: run.txt", "log must be a file that ends in .jsonl, got 'run.txt'"),
         ("groups: [1]", "groups must map patterns of parameter names to rules, got [1]"),
         ("sharded: ep", "sharded must map patterns of parameter names to axes of a DeviceMesh, got 'ep'"),
         ("pipeline_group: 1", "pipeline_group must be the name of an axis of a DeviceMesh, got 1"),
@@ -139,6 +142,17 @@ def test_every_clipper_has_a_memory_of_its_own() -> None:
     first, second = config.clipper(nn.Linear(2, 2)), config.clipper(nn.Linear(2, 2))
     assert len({id(first.rule), id(second.rule), id(mine)}) == 3
     assert config.to_dict()["rule"] == "zclip"
+
+
+def test_a_monitor_of_these_settings(tmp_path: Path) -> None:
+    config = ClipConfig(rule=1.0, details_every=2, log=str(tmp_path / "run.jsonl"), log_every=2, log_prefix="clip/")
+    model, seen = nn.Linear(2, 1, bias=False), []
+    clipper = config.clipper(model)
+    with config.monitor(clipper, lambda step, metrics: seen.append((step, metrics["clip/grad_norm"]))):
+        model.weight.grad = torch.tensor([[3.0, 4.0]])
+        assert clipper.clip().per_tensor is not None
+    assert seen == [(1, 5.0)]
+    assert [record.step for record in read_run(tmp_path / "run.jsonl").records] == [1]
 
 
 def test_what_integrations_take() -> None:

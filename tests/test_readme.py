@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -70,6 +71,7 @@ def run(block: str) -> str:
         names["torchtitan"] = SimpleNamespace(distributed=SimpleNamespace(utils=SimpleNamespace()))
     if "fabric.install" in block:
         names |= frameworks(names["model"])
+    os.chdir(tempfile.mkdtemp())
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(block, names)
         clipper = names.get("clipper")
