@@ -8,4 +8,5 @@ if [ $# -eq 0 ]; then
     "$python" -m ruff format --check .
     "$python" -m mypy
 fi
-"$python" -m pytest "$@"
+# By files, because some of these share a port.
+"$python" -m pytest --numprocesses 2 --dist loadfile "$@"
