@@ -18,7 +18,8 @@ from distclip.clipper import GradClipper
 from distclip.config_values import KINDS, rule_of
 from distclip.declare import declare
 from distclip.engine import NonFinite
-from distclip.hints import closest, optional
+from distclip.files import load_mapping
+from distclip.hints import closest
 from distclip.monitor import Monitor
 from distclip.parameters import as_modules, named_parameters
 from distclip.rules.base import Rule
@@ -109,7 +110,7 @@ class ClipConfig:
         found: dict[str, Any] = {}
         for place, layer, written in (
             ("ClipConfig.load()", settings, False),
-            (str(path), _from_file(Path(path)) if path else {}, False),
+            (str(path), load_mapping(Path(path)) if path else {}, False),
             ("the environment", _from_environment(environment), True),
             ("the command line", given, True),
         ):
@@ -216,21 +217,6 @@ def _from_arguments(arguments: argparse.Namespace | Sequence[str] | None) -> dic
             raise ValueError(f"the command line: unknown option {unknown[0]!r}{closest(unknown[0], known)}")
     start = "distclip_"
     return {key.removeprefix(start): text for key, text in vars(arguments).items() if key.startswith(start) and text}
-
-
-def _from_file(path: Path) -> dict[str, Any]:
-    yaml = optional("yaml", "config")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{path}: must hold settings, `name: value`, got {type(content).__name__}")
-    return content
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -252,7 +252,7 @@ def test_command_fails_where_a_run_would(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("no.yaml", None, "cannot be read: No such file or directory"),
-        ("list.yaml", "- 1", "must hold a mapping of settings, got list"),
+        ("list.yaml", "- 1", "must hold settings, `name: value`, got list"),
         ("bad.json", "{", "is no JSON: Expecting property name"),
         ("bad.yaml", "a: [", "is no YAML: "),
         ("other.yaml", "a: 1", "is neither a config of Accelerate (it has no distributed_type) nor of DeepSpeed"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from distclip.check.facts import SECTION, Engine, Facts
+from distclip.files import load_mapping
 from distclip.hints import optional
 
 _STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
@@ -22,7 +22,7 @@ def read(path: Path) -> Facts:
         ValueError: it cannot be read, is neither YAML nor JSON, or of neither framework.
         ImportError: it is YAML, and PyYAML is not installed.
     """
-    content = load(path)
+    content = load_mapping(path)
     if content.keys() & _ACCELERATE_KEYS or {"fsdp_config", "deepspeed_config"} & content.keys():
         return _accelerate(path, content)
     if content.keys() & _DEEPSPEED_KEYS or {"gradient_clipping", "optimizer"} & content.keys():
@@ -31,31 +31,6 @@ def read(path: Path) -> Facts:
         f"{path}: is neither a config of Accelerate (it has no distributed_type) nor of DeepSpeed (no "
         "zero_optimization, no train_batch_size)"
     )
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A mapping from a YAML or JSON file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    content = _parsed(path, text)
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{path}: must hold a mapping of settings, got {type(content).__name__}")
-    return content
-
-
-def _parsed(path: Path, text: str) -> Any:
-    if path.suffix == ".json":
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path}: is no JSON: {error}") from None
-    yaml = optional("yaml", "config")
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
 
 
 def _accelerate(path: Path, content: dict[str, Any]) -> Facts:
@@ -103,7 +78,7 @@ def _deepspeed_of(path: Path, section: Mapping[str, Any]) -> tuple[dict[str, Any
     named = section.get("deepspeed_config_file")
     if named:
         places = [Path(named), path.parent / named]
-        return load(next((place for place in places if place.exists()), places[0])), f"{named}: "
+        return load_mapping(next((place for place in places if place.exists()), places[0])), f"{named}: "
     made: dict[str, Any] = {"zero_optimization": {"stage": section.get("zero_stage", 2)}}
     # Accelerate writes "auto" where nothing is said, and 1.0 for that.
     made["gradient_clipping"] = section.get("gradient_clipping", "auto")

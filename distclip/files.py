@@ -1,0 +1,41 @@
+"""Files of settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distclip.hints import optional
+
+
+def load_mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file, or a JSON file (by its suffix), holds: names and values; {} where it is empty.
+
+    Raises:
+        ValueError: it cannot be read, is neither, or holds something else.
+        ImportError: it is YAML, and PyYAML is not installed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    content = _parsed(path, text)
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path}: must hold settings, `name: value`, got {type(content).__name__}")
+    return content
+
+
+def _parsed(path: Path, text: str) -> Any:
+    if path.suffix == ".json":
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: is no JSON: {error}") from None
+    yaml = optional("yaml", "config")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
