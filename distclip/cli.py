@@ -10,12 +10,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from distclip.runs import Run
 
 app = typer.Typer(
     name="distclip",
@@ -28,9 +31,10 @@ app = typer.Typer(
 )
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 _Log = Annotated[Path, typer.Argument(help="A log of a run, also one that is still going on.")]
+_Title = Annotated[str | None, typer.Option(help="Over the picture; empty for none.")]
 
 
-@app.command()
+@app.command(short_help="What clips under a config of Accelerate or DeepSpeed.")
 def check(
     config: Annotated[Path, typer.Argument(help="A config of Accelerate (YAML or JSON) or DeepSpeed (JSON).")],
     as_json: _Json = False,
@@ -46,7 +50,7 @@ def check(
     raise typer.Exit(0 if checked.works else 1)
 
 
-@app.command()
+@app.command(short_help="A run in numbers.")
 def summary(log: _Log, as_json: _Json = False) -> None:
     """A run in numbers: its norms, how often and how hard it was clipped, and what the alarms said."""
     from distclip.runs import read_run
@@ -73,7 +77,7 @@ def summary(log: _Log, as_json: _Json = False) -> None:
         typer.echo(f"alarm      {alarm}")
 
 
-@app.command()
+@app.command(short_help="Thresholds from the norms of a run.")
 def suggest(log: _Log, as_json: _Json = False) -> None:
     """Thresholds for the global norm from a run's norms, and what share of its steps each would clip."""
     from distclip.runs import read_run
@@ -88,18 +92,43 @@ def suggest(log: _Log, as_json: _Json = False) -> None:
     typer.echo(found.advice)
 
 
-@app.command()
-def compare(
-    logs: Annotated[list[Path], typer.Argument(help="Two logs or more.")],
+@app.command(short_help="Pictures of a run, or of several next to each other.")
+def plot(
+    logs: Annotated[list[Path], typer.Argument(help="A log of a run; several are drawn side by side.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A .png, .svg or .html file; by default LOG with .png, or comparison.png beside the first."),
+    ] = None,
+    title: _Title = None,
     as_json: _Json = False,
 ) -> None:
-    """Several runs next to each other."""
-    from distclip.runs import read_run
+    """Draw norms, thresholds, clipped and skipped steps, losses and modules of a run into one file.
+
+    FILE.html is a report with numbers, alarms and thresholds too; it opens without a network.
+    """
+    default = logs[0].with_suffix(".png") if len(logs) == 1 else logs[0].with_name("comparison.png")
+    path = _plot(_read(logs), out or default, title)
+    if as_json:
+        _print_json({"out": str(path), "runs": [str(log) for log in logs]})
+    else:
+        typer.echo(path)
+
+
+@app.command(short_help="Several runs next to each other.")
+def compare(
+    logs: Annotated[list[Path], typer.Argument(help="Two logs or more.")],
+    picture: Annotated[Path | None, typer.Option("--plot", help="Draw them too: a .png, .svg or .html file.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Several runs next to each other: losses, norms, how often they were clipped, alarms."""
     from distclip.summary import summary_of
 
     if len(logs) < 2:
         raise ValueError(f"compare needs two logs or more, got {len(logs)}; `distclip summary` tells of one")
-    found = [summary_of(read_run(log)) for log in logs]
+    runs = _read(logs)
+    found = [summary_of(run) for run in runs]
+    if picture is not None:
+        _plot(runs, picture, None)
     if as_json:
         _print_json([each.to_dict() for each in found])
         return
@@ -133,7 +162,7 @@ def compare(
     _print_table(head, rows, numbers=range(2, len(head)))
 
 
-@app.command()
+@app.command(short_help="All rules, and how to write them.")
 def rules(as_json: _Json = False) -> None:
     """All rules: how to write them, what they do, what they remember, and where they come from."""
     from distclip.rules import catalogue
@@ -148,7 +177,7 @@ def rules(as_json: _Json = False) -> None:
     typer.echo("head.* -> norm=1 ; * -> zclip; in DISTCLIP_RULE, in distclip.yaml, or distclip.rules.parse(text).")
 
 
-@app.command()
+@app.command(short_help="What is installed, and whether it clips right here.")
 def doctor(
     as_json: _Json = False,
     skip_test: Annotated[bool, typer.Option("--skip-test", help="Only tell what is installed.")] = False,
@@ -189,6 +218,18 @@ def main(arguments: list[str] | None = None) -> Any:
     except (ValueError, TypeError, ImportError) as error:
         typer.echo(f"distclip: {error}", err=True)
         raise SystemExit(2) from None
+
+
+def _read(logs: Sequence[Path]) -> list[Run]:
+    from distclip.runs import read_run
+
+    return [read_run(log) for log in logs]
+
+
+def _plot(runs: Sequence[Run], out: Path, title: str | None) -> Path:
+    from distclip.plots import plot as draw
+
+    return draw(runs, out, title=title)
 
 
 def _n(value: float) -> str:
