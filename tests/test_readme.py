@@ -49,6 +49,18 @@ def setting() -> dict[str, Any]:
     return names | groups | {"model": model, "stage": model, "optimizer": optimizer, "batches": [torch.tensor([3])]}
 
 
+def logged(path: Path) -> dict[str, Any]:
+    """A log, and somewhere to draw it."""
+    from matplotlib.figure import Figure
+
+    model = Model()
+    clipper = distclip.GradClipper(model, 1.0)
+    with distclip.Monitor(clipper, [path]):
+        loss(model, torch.tensor([1, 2])).backward()
+        clipper.clip()
+    return {"axes": Figure().subplots()}
+
+
 def frameworks(model: nn.Module) -> dict[str, Any]:
     """Trainers that have not begun."""
     from lightning.fabric import Fabric
@@ -72,6 +84,8 @@ def run(block: str) -> str:
     if "fabric.install" in block:
         names |= frameworks(names["model"])
     os.chdir(tempfile.mkdtemp())
+    if "runs/mine.jsonl" in block:
+        names |= logged(Path("runs/mine.jsonl"))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(block, names)
         clipper = names.get("clipper")
