@@ -70,9 +70,9 @@ class ClipConfig:
     details_every: int = 0
     """In every so many clips reports hold the norm of each tensor; 0 for none."""
     log: str | None = None
-    """A file that ends in .jsonl: where ``monitor()`` writes."""
+    """A file that ends in .jsonl, to which a Monitor writes what the clipper does."""
     log_every: int = 1
-    """Integrations and ``monitor()`` log every so many steps (and wait for the device then)."""
+    """Integrations and monitors log every so many steps (and wait for the device then)."""
     log_prefix: str = "train/"
     """What their names of metrics begin with: ``train/grad_norm``."""
 
@@ -140,7 +140,7 @@ class ClipConfig:
         scaler: torch.amp.GradScaler | None = None,
         mesh: DeviceMesh | None = None,
     ) -> GradClipper:
-        """A GradClipper of these settings; declares what ``sharded`` and ``replicated`` say.
+        """A GradClipper of these settings; declares what ``sharded`` and ``replicated`` say, and writes to ``log``.
 
         Args:
             model, optimizer, scaler: as for ``GradClipper``.
@@ -156,7 +156,7 @@ class ClipConfig:
         for pattern, axis in self.replicated.items():
             declare(_matching("replicated", modules, pattern), replicated=_axis("replicated", mesh, axis))
         pipeline = None if self.pipeline_group is None else _axis("pipeline_group", mesh, self.pipeline_group)
-        return GradClipper(
+        clipper = GradClipper(
             modules[0] if len(modules) == 1 else modules,
             self.make_rule(),
             optimizer=optimizer,
@@ -166,15 +166,17 @@ class ClipConfig:
             check=self.check,
             details_every=self.details_every,
         )
+        if self.log is not None:
+            self.monitor(clipper, self.log)
+        return clipper
 
     def monitor(self, clipper: GradClipper, *sinks: Sink | Any) -> Monitor:
-        """A Monitor of a clipper, with these settings; its sinks are ``log`` and those given.
+        """A Monitor of a clipper that sends to these sinks, ``log_every`` steps at a time.
 
         Raises:
             TypeError, ValueError: a sink is none.
         """
-        every = [*([self.log] if self.log else []), *sinks]
-        return Monitor(clipper, every, log_every=self.log_every, prefix=self.log_prefix)
+        return Monitor(clipper, sinks, log_every=self.log_every, prefix=self.log_prefix)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as YAML and JSON take them; a Rule as its text."""

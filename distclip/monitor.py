@@ -6,7 +6,6 @@ with one copy from the device.
 
 from __future__ import annotations
 
-import atexit
 import time
 import weakref
 from collections import deque
@@ -92,8 +91,8 @@ class Monitor:
         self._prefix = prefix
         self._started = False
         self._handle = clipper.register_report_hook(self._after) if self._main else None
-        self._at_exit = _closer(self)
-        atexit.register(self._at_exit)
+        # At the end of the process, or of the clipper, if nobody closes it. Nothing here refers to that.
+        self._finalizer = weakref.finalize(clipper, self.close) if self._main else None
 
     def log(self, **values: Tensor | float) -> None:
         """Add numbers (``loss``, ``lr``, ...) to the record of the latest clip. 0-d tensors are not waited for."""
@@ -116,14 +115,15 @@ class Monitor:
             self._to_sinks(lambda sink, event=event: sink.event(event))  # type: ignore[misc]
 
     def close(self) -> None:
-        """Flush, and close the sinks. Called at the end of the process if nobody does."""
+        """Flush, and close the sinks. Called at the end of the clipper or the process if nobody does."""
         if self._handle is not None:
             self._handle.remove()
         self.flush()
         if self._started:
             self._to_sinks(lambda sink: sink.close())
         self._sinks = []
-        atexit.unregister(self._at_exit)
+        if self._finalizer is not None:
+            self._finalizer.detach()
 
     def __enter__(self) -> Monitor:
         return self
@@ -191,15 +191,3 @@ def _numbers(given: list[dict[str, Tensor | float]]) -> list[dict[str, float]]:
         {name: next(read_out) if isinstance(value, Tensor) else value for name, value in values.items()}
         for values in given
     ]
-
-
-def _closer(monitor: Monitor) -> Callable[[], None]:
-    """Closes it at the end of the process, and does not keep it alive until then."""
-    reference = weakref.ref(monitor)
-
-    def close() -> None:
-        living = reference()
-        if living is not None:
-            living.close()
-
-    return close

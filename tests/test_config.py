@@ -148,10 +148,11 @@ def test_a_monitor_of_these_settings(tmp_path: Path) -> None:
     config = ClipConfig(rule=1.0, details_every=2, log=str(tmp_path / "run.jsonl"), log_every=2, log_prefix="clip/")
     model, seen = nn.Linear(2, 1, bias=False), []
     clipper = config.clipper(model)
-    with config.monitor(clipper, lambda step, metrics: seen.append((step, metrics["clip/grad_norm"]))):
+    with config.monitor(clipper, lambda step, metrics: seen.append((step, metrics["clip/grad_norm"]))):  # another one
         model.weight.grad = torch.tensor([[3.0, 4.0]])
         assert clipper.clip().per_tensor is not None
     assert seen == [(1, 5.0)]
+    del clipper
     assert [record.step for record in read_run(tmp_path / "run.jsonl").records] == [1]
 
 

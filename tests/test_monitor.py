@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from distclip.sinks import JsonLines, Sink
 from tests.layouts import LAYOUTS, build
 from tests.oracle import norm, whole_grads
 from tests.ranks import ranks, run_ranks
+from tests.test_deepspeed import start_deepspeed
 
 
 class Kept(Sink):
@@ -303,7 +303,31 @@ def test_a_monitor_that_nobody_closes_does_not_keep_the_model(tmp_path: Path) ->
     del model, clipper, monitor
     gc.collect()
     assert [ref() for ref in alive] == [None, None]
-    assert os.listdir(tmp_path) == []
+    assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 2, "what waited is written"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.distributed.*is deprecated:FutureWarning")  # DeepSpeed's calls
+@ranks(2)
+def test_a_deepspeed_engine() -> None:
+    deepspeed = start_deepspeed()
+    model = nn.Linear(2, 1)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config)
+    clipper, sink = GradClipper(engine, 0.5, details_every=2), Kept()
+    with Monitor(clipper, [sink]):
+        for _ in range(3):
+            engine.backward(engine(torch.ones(1, 2)).square().sum())
+            engine.step()
+    assert [record.step for record in sink.records] == ([1, 2, 3] if dist.get_rank() == 0 else [])
+    for record in sink.records:
+        assert (record.per_tensor is None) == (record.step == 2)
+        if record.per_tensor is not None:
+            assert math.hypot(*record.per_tensor.values()) == pytest.approx(record.norm, rel=1e-6)
 
 
 def test_alarms_warn_once_and_stand_in_the_log() -> None:
