@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distclip.check.facts import SECTION, Engine, Facts
-from distclip.hints import optional
+from distclip.hints import load_yaml, optional
 
 _STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
 _DEEPSPEED_KEYS = {"zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "fp16", "bf16"}
@@ -53,27 +53,30 @@ def _parsed(path: Path, text: str) -> Any:
             raise ValueError(f"{path}: is no JSON: {error}") from None
     yaml = optional("yaml", "config")
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
 
 
 def _accelerate(path: Path, content: dict[str, Any]) -> Facts:
     fsdp, parallelism = _section(content, "fsdp_config"), _section(content, "parallelism_config")
-    deepspeed, prefix = _deepspeed_of(path, _section(content, "deepspeed_config"))
     axes = {
         key.removeprefix("parallelism_config_").removesuffix("_size"): int(size)
         for key, size in parallelism.items()
         if key.endswith("_size") and isinstance(size, int) and size > 1
     }
+    engine = _engine(content, fsdp, axes)
+    deepspeed, prefix = (
+        _deepspeed_of(path, _section(content, "deepspeed_config")) if engine == "deepspeed" else ({}, "")
+    )
     strategy = str(fsdp.get("fsdp_sharding_strategy", fsdp.get("fsdp_reshard_after_forward", "FULL_SHARD")))
     precision = str(content.get("mixed_precision") or "no").lower()
     return Facts(
         "Accelerate",
-        _engine(content, fsdp, axes),
+        engine,
         content,
-        processes=content.get("num_processes"),
-        machines=int(content.get("num_machines") or 1),
+        processes=_count(path, content, "num_processes"),
+        machines=_count(path, content, "num_machines") or 1,
         cpu=content.get("use_cpu") is True or content.get("distributed_type") == "MULTI_CPU",
         precision=precision if precision != "no" or not deepspeed else _deepspeed_precision(deepspeed),
         strategy=_STRATEGIES.get(strategy, strategy.upper()),
@@ -98,8 +101,6 @@ def _engine(content: Mapping[str, Any], fsdp: Mapping[str, Any], axes: Mapping[s
 
 def _deepspeed_of(path: Path, section: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """DeepSpeed's config as Accelerate makes it of its section, and where its keys stand."""
-    if not section:
-        return {}, ""
     named = section.get("deepspeed_config_file")
     if named:
         places = [Path(named), path.parent / named]
@@ -116,6 +117,13 @@ def _deepspeed_of(path: Path, section: Mapping[str, Any]) -> tuple[dict[str, Any
 def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = content.get(name)
     return found if isinstance(found, Mapping) else {}
+
+
+def _count(path: Path, content: Mapping[str, Any], name: str) -> int | None:
+    count = content.get(name)
+    if count is None or (isinstance(count, int) and not isinstance(count, bool)):
+        return count
+    raise ValueError(f"{path}: {name} must be a whole number, got {count!r}")
 
 
 def _deepspeed_precision(config: Mapping[str, Any]) -> str:
