@@ -92,21 +92,21 @@ class ClipConfig:
         """Settings from all places, each overruling those before: ``settings``, file, environment, command line.
 
         Args:
-            file: a YAML file whose keys are the fields of this class. None: ``--distclip-config`` on the command line,
-                else ``DISTCLIP_CONFIG`` in the environment, else no file.
+            file: a YAML file whose keys are the fields of this class; ``--distclip-config`` on the command line names
+                another. None: that of ``DISTCLIP_CONFIG`` in the environment, else no file.
             arguments: what a parser with ``add_arguments`` returned, or a list such as ``sys.argv[1:]``, of which
                 others' options are left alone. None: no command line.
             environ: None: ``os.environ``.
             settings: fields of this class.
 
         Raises:
-            ValueError: an unknown key (names the closest known one) or a value that does not fit; names the place. A
-                file that is not there or is no YAML.
+            ValueError: an unknown key (names the closest known one), one that stands twice, or a value that does not
+                fit; names the place. A file that is not there or is no YAML.
             ImportError: there is a file, and PyYAML is not installed.
         """
         environment = os.environ if environ is None else environ
         given = _from_arguments(arguments)
-        path = file or given.pop("config", None) or environment.get(_FILE)
+        path = given.pop("config", None) or file or environment.get(_FILE)
         found: dict[str, Any] = {}
         for place, layer, written in (
             ("ClipConfig.load()", settings, False),

@@ -61,6 +61,8 @@ def _as_number(text: str) -> float | None:
 
 
 def _patterns(key: Any) -> Any:
+    if not isinstance(key, str | tuple):
+        raise TypeError(f"a pattern of parameter names must be a text, got {key!r}")
     return tuple(part.strip() for part in key.split(":")) if isinstance(key, str) else key
 
 

@@ -36,6 +36,26 @@ def _parsed(path: Path, text: str) -> Any:
             raise ValueError(f"{path}: is no JSON: {error}") from None
     yaml = optional("yaml", "config")
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
+
+
+def load_yaml(text: str) -> Any:
+    """``yaml.safe_load``, but for keys that stand twice, of which that would silently take the last.
+
+    Raises:
+        ImportError: PyYAML is not installed.
+        yaml.YAMLError: no YAML, or the same key twice in a mapping.
+    """
+    yaml = optional("yaml", "config")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)

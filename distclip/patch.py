@@ -48,8 +48,9 @@ def patch() -> Patch:
     """From now on ``torch.nn.utils.clip_grad_norm_``, ``clip_grad_value_``, ``clip_grads_with_norm_`` and
     ``get_total_norm`` are distclip's, in this process, also where they were imported before.
 
-    Arguments and results stay torch's, but for DTensors: norms are plain tensors, already reduced. ``get_total_norm``
-    is given gradients, not parameters: DTensors are reduced over their meshes, plain tensors count as they are (so it
+    Arguments and results stay torch's, but that norms are float32 or float64 (torch's: float16 of float16 gradients),
+    a tensor given twice counts once, and norms of DTensors are plain tensors, already reduced. ``get_total_norm`` is
+    given gradients, not parameters: DTensors are reduced over their meshes, plain tensors count as they are (so it
     cannot see FSDP1 or a pipeline), and all ranks of these meshes must pass the same list. Parameters of FSDP1 models
     are known even if distclip never saw the model: it is looked for among all living objects, once.
 

@@ -6,9 +6,12 @@ Processes that the script starts by itself (``torch.multiprocessing.spawn``) are
 
 from __future__ import annotations
 
-import runpy
 import sys
+from importlib.abc import InspectLoader
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import CodeType, ModuleType
 
 from distclip.patch import patch
 
@@ -26,8 +29,16 @@ def main(arguments: list[str]) -> int:
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path[0] = str(Path.cwd())
-        patch()
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        spec = _spec_of(arguments[1])
+        if (
+            spec is None
+            or not isinstance(spec.loader, InspectLoader)
+            or (code := spec.loader.get_code(spec.name)) is None
+        ):
+            print(f"distclip.patched: there is no module {arguments[1]!r} that can be run", file=sys.stderr)
+            return 2
+        sys.argv[0] = str(spec.origin)
+        _run(code, spec.origin, spec)
         return 0
     script = Path(arguments[0])
     if not script.is_file():
@@ -35,9 +46,34 @@ def main(arguments: list[str]) -> int:
         return 2
     sys.argv = arguments
     sys.path[0] = str(script.resolve().parent)
-    patch()
-    runpy.run_path(str(script), run_name="__main__")
+    _run(compile(script.read_bytes(), str(script), "exec", dont_inherit=True), str(script))
     return 0
+
+
+def _spec_of(name: str) -> ModuleSpec | None:
+    """Of a module, or of what a package runs."""
+    try:
+        spec = find_spec(name)
+        return (
+            find_spec(f"{name}.__main__") if spec is not None and spec.submodule_search_locations is not None else spec
+        )
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise
+        return None
+
+
+def _run(code: CodeType, file: str | None, spec: ModuleSpec | None = None) -> None:
+    """Run it as Python's own ``__main__``, for good.
+
+    ``runpy`` puts back the one before, and tells multiprocessing nothing of it: processes that are spawned could not
+    send back what the script defines, and the one that waits for it would wait forever.
+    """
+    main = ModuleType("__main__")
+    vars(main).update(__file__=file, __spec__=spec, __package__=spec.parent if spec else None)
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main
+    patch()
+    exec(code, vars(main))
 
 
 if __name__ == "__main__":

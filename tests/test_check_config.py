@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from distclip.check import Checked, check_config
+from distclip.check.traps import _ONLY_IN_THE_FILE
 from distclip.cli import main
 from tests.ranks import run_ranks
 
@@ -66,6 +67,9 @@ def told(found: Checked, key: str) -> str:
         ),
         ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}, "DeepSpeed ZeRO 3: parameters", 1),
         ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 0}}, "DeepSpeed ZeRO 0: whole", 0),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": "3"}}, "DeepSpeed ZeRO 3: parameters", 1),
+        ({"distributed_type": "DEEPSPEED"}, "DeepSpeed ZeRO 2: gradients cut", 1),
+        ({"distributed_type": "FSDP", "fsdp_config": None}, "FSDP1 FULL_SHARD: flat", 1),
     ],
 )
 def test_layouts(content: dict[str, Any], layout: str, collectives: int, tmp_path: Path) -> None:
@@ -90,6 +94,11 @@ def test_what_deepspeed_clips_by_default_is_so() -> None:
     [
         ({}, "DeepSpeed at 1.0, its default", "warning: not set, and DeepSpeed clips at 1.0 then"),
         ({"gradient_clipping": 0.5}, "DeepSpeed at 0.5", "warning: 0.5, so there are two clippers"),
+        (
+            {"gradient_clipping": "auto"},
+            "DeepSpeed at what Transformers or Accelerate puts",
+            "warning: auto, for which",
+        ),
         ({"gradient_clipping": 0.0}, "nothing: 0 is off", None),
     ],
 )
@@ -209,10 +218,33 @@ def test_traps_of_accelerate(content: dict[str, Any], key: str, message: str, tm
 def test_a_deepspeed_file_named_by_accelerate_s(tmp_path: Path) -> None:
     deepspeed(tmp_path, bf16={"enabled": True}, zero_optimization={"stage": 3}, gradient_clipping=0.1)
     content = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "ds.json"}}
-    found = accelerate(tmp_path, mixed_precision="fp16", **content)
+    found = accelerate(tmp_path, **content)
     assert found.layout.startswith("DeepSpeed ZeRO 3")
     assert told(found, "ds.json: gradient_clipping").startswith("warning: 0.1")
-    assert told(found, "mixed_precision").startswith("error: fp16, but ds.json: bf16.enabled is true")
+    assert found.works
+
+
+def refusal(path: str, fields: str) -> str:
+    from accelerate import DeepSpeedPlugin
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_CONFIG_DS_FIELDS", fields)  # as accelerate launch does
+        with pytest.raises(ValueError, match="When using `deepspeed_config_file`") as error:
+            DeepSpeedPlugin(hf_ds_config=path)
+    return str(error.value)
+
+
+def test_what_must_not_stand_beside_a_deepspeed_file(tmp_path: Path) -> None:
+    deepspeed(tmp_path, bf16={"enabled": True}, zero_optimization={"stage": 3})
+    section = {"deepspeed_config_file": "ds.json", "zero_stage": 2, "zero3_init_flag": True}
+    found = accelerate(tmp_path, distributed_type="DEEPSPEED", mixed_precision="bf16", deepspeed_config=section)
+    assert told(found, "deepspeed_config.zero_stage") == (
+        "error: beside a deepspeed_config_file, which Accelerate refuses: take deepspeed_config.zero_stage, "
+        "mixed_precision out, and say it there."
+    )
+    assert not found.works
+    (told_by_accelerate,) = run_ranks(refusal, 1, str(tmp_path / "ds.json"), "deepspeed_config_file,mixed_precision")
+    assert all(f"'{name}'" in told_by_accelerate for name in (*_ONLY_IN_THE_FILE, "mixed_precision"))
 
 
 def command(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -255,6 +287,11 @@ def test_command_fails_where_a_run_would(tmp_path: Path) -> None:
         ("list.yaml", "- 1", "must hold settings, `name: value`, got list"),
         ("bad.json", "{", "is no JSON: Expecting property name"),
         ("bad.yaml", "a: [", "is no YAML: "),
+        (
+            "text.yaml",
+            "distributed_type: MULTI_GPU\nnum_processes: '4'",
+            "num_processes must be a whole number, got '4'",
+        ),
         ("other.yaml", "a: 1", "is neither a config of Accelerate (it has no distributed_type) nor of DeepSpeed"),
     ],
 )

@@ -53,6 +53,7 @@ def test_the_file_is_named_by_the_environment_or_the_command_line(file: Path, tm
     assert ClipConfig.load(environ=environ).log_every == 5
     assert ClipConfig.load(environ=environ, arguments=["--distclip-config", str(other)]).log_every == 3
     assert ClipConfig.load(other, environ=environ).log_every == 3
+    assert ClipConfig.load(file, environ={}, arguments=["--distclip-config", str(other)]).log_every == 3
 
 
 def test_a_script_s_own_parser_takes_the_options() -> None:
@@ -81,6 +82,9 @@ def test_a_script_s_own_parser_takes_the_options() -> None:
         ("pipeline_group: 1", "pipeline_group must be the name of an axis of a DeviceMesh, got 1"),
         ("- 1", "must hold settings, `name: value`, got list"),
         ("rule: [", "is no YAML"),
+        ("rule: 1\nrule: 2", "is no YAML: 'rule' stands twice"),
+        ("groups: {a: 1, 'a': 2}", "is no YAML: 'a' stands twice"),
+        ("groups: {1: 1.0}", "a pattern of parameter names must be a text, got 1"),
         ("rule: !!python/object/apply:os.getcwd []", "is no YAML"),
     ],
 )

@@ -420,6 +420,30 @@ def test_mistakes(tmp_path: Path) -> None:
 
 
 @ranks(1)
+def test_a_training_that_raises_leaves_nothing_behind() -> None:
+    class Breaks(Task):
+        def training_step(self, batch: Tensor, number: int) -> Any:
+            if number == 1:
+                raise KeyError("broken")
+            return super().training_step(batch, number)
+
+    task = Breaks()
+    with pytest.raises(KeyError, match="broken"):
+        fit(task, 0.1)
+    assert not vars(task).keys() & {"clip_gradients", "configure_gradient_clipping"}
+
+
+@ranks(1)
+def test_an_optimizer_that_comes_later() -> None:
+    class Exchanged(Task):
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.trainer.optimizers = [SGD(self.parameters())]
+
+    with pytest.raises(RuntimeError, match=r"does not know this SGD: it was put into trainer\.optimizers after"):
+        fit(Exchanged(), 0.1)
+
+
+@ranks(1)
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 def test_a_training_step_that_returns_nothing() -> None:
     class Sometimes(Task):

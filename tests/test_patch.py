@@ -199,9 +199,42 @@ def test_a_script_or_a_module(start: list[str], tmp_path: Path) -> None:
     assert done.returncode == 3, done.stderr
 
 
+SPAWNING = """
+import atexit, inspect, multiprocessing, pickle
+
+class Sent:
+    text: str = "sent"
+
+def make(_):
+    return Sent()
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.map_async(make, [0]).get(timeout=60)[0].text, inspect.get_annotations(Sent))
+    atexit.register(lambda: print(type(pickle.loads(pickle.dumps(Sent()))).__name__))
+"""
+
+
+@pytest.mark.parametrize("start", [["script.py"], ["-m", "package.module"]])
+def test_what_a_script_defines_travels(start: list[str], tmp_path: Path) -> None:
+    """Back from a spawned process, and at the very end, as in a script that Python itself runs."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    for name in ("script.py", "package/module.py"):
+        (tmp_path / name).write_text(SPAWNING)
+    done = patched(*start, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "sent {'text': <class 'str'>}\nSent\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [((), "usage:"), (("-m",), "usage:"), (("no.py",), "distclip.patched: there is no file 'no.py'")],
+    [
+        ((), "usage:"),
+        (("-m",), "usage:"),
+        (("no.py",), "distclip.patched: there is no file 'no.py'"),
+        (("-m", "no.module"), "distclip.patched: there is no module 'no.module' that can be run"),
+    ],
 )
 def test_mistakes_of_the_command(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
     done = patched(*arguments, cwd=tmp_path)

@@ -57,8 +57,10 @@ class Facts:
     @property
     def stage(self) -> int:
         """Of ZeRO."""
-        stage = dict(self.deepspeed.get("zero_optimization") or {}).get("stage", 0)
-        return stage if isinstance(stage, int) else 0
+        if self.deepspeed.get("zero_optimization") is True:
+            return 1  # how DeepSpeed was told at first
+        stage = str(self.section("zero_optimization").get("stage", 0))
+        return int(stage) if stage.isdecimal() else 0
 
     def section(self, name: str) -> Mapping[str, Any]:
         """A section of DeepSpeed's config, {} where there is none."""

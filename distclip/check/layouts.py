@@ -65,7 +65,9 @@ def clips(facts: Facts) -> str:
     if facts.engine != "deepspeed":
         return "nothing, until the script calls distclip or accelerator.clip_grad_norm_"
     limit = facts.deepspeed.get("gradient_clipping")
-    if limit is None or (limit == "auto" and facts.kind == "DeepSpeed"):
+    if limit == "auto" and facts.kind == "DeepSpeed":
+        return "DeepSpeed at what Transformers or Accelerate puts for auto, until a GradClipper takes its place"
+    if limit is None:
         return "DeepSpeed at 1.0, its default, until a GradClipper of the engine takes its place"
     if limit == "auto":
         return "DeepSpeed at 1.0, which Accelerate puts for auto, until a GradClipper of the engine takes its place"

@@ -35,20 +35,23 @@ def read(path: Path) -> Facts:
 
 def _accelerate(path: Path, content: dict[str, Any]) -> Facts:
     fsdp, parallelism = _section(content, "fsdp_config"), _section(content, "parallelism_config")
-    deepspeed, prefix = _deepspeed_of(path, _section(content, "deepspeed_config"))
     axes = {
         key.removeprefix("parallelism_config_").removesuffix("_size"): int(size)
         for key, size in parallelism.items()
         if key.endswith("_size") and isinstance(size, int) and size > 1
     }
+    engine = _engine(content, fsdp, axes)
+    deepspeed, prefix = (
+        _deepspeed_of(path, _section(content, "deepspeed_config")) if engine == "deepspeed" else ({}, "")
+    )
     strategy = str(fsdp.get("fsdp_sharding_strategy", fsdp.get("fsdp_reshard_after_forward", "FULL_SHARD")))
     precision = str(content.get("mixed_precision") or "no").lower()
     return Facts(
         "Accelerate",
-        _engine(content, fsdp, axes),
+        engine,
         content,
-        processes=content.get("num_processes"),
-        machines=int(content.get("num_machines") or 1),
+        processes=_count(path, content, "num_processes"),
+        machines=_count(path, content, "num_machines") or 1,
         cpu=content.get("use_cpu") is True or content.get("distributed_type") == "MULTI_CPU",
         precision=precision if precision != "no" or not deepspeed else _deepspeed_precision(deepspeed),
         strategy=_STRATEGIES.get(strategy, strategy.upper()),
@@ -73,8 +76,6 @@ def _engine(content: Mapping[str, Any], fsdp: Mapping[str, Any], axes: Mapping[s
 
 def _deepspeed_of(path: Path, section: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """DeepSpeed's config as Accelerate makes it of its section, and where its keys stand."""
-    if not section:
-        return {}, ""
     named = section.get("deepspeed_config_file")
     if named:
         places = [Path(named), path.parent / named]
@@ -91,6 +92,13 @@ def _deepspeed_of(path: Path, section: Mapping[str, Any]) -> tuple[dict[str, Any
 def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = content.get(name)
     return found if isinstance(found, Mapping) else {}
+
+
+def _count(path: Path, content: Mapping[str, Any], name: str) -> int | None:
+    count = content.get(name)
+    if count is None or (isinstance(count, int) and not isinstance(count, bool)):
+        return count
+    raise ValueError(f"{path}: {name} must be a whole number, got {count!r}")
 
 
 def _deepspeed_precision(config: Mapping[str, Any]) -> str:

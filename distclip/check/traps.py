@@ -7,6 +7,18 @@ from collections.abc import Callable, Iterator
 
 from distclip.check.facts import SECTION, Facts, Finding
 
+# What Accelerate's section must not say where it names a file of DeepSpeed's.
+_ONLY_IN_THE_FILE = (
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_stage",
+    "offload_optimizer_device",
+    "offload_optimizer_nvme_path",
+    "offload_param_device",
+    "offload_param_nvme_path",
+    "zero3_save_16bit_model",
+)
+
 
 def _file_refused(facts: Facts) -> Iterator[Finding]:
     if facts.refused:
@@ -28,6 +40,13 @@ def _two_clippers(facts: Facts) -> Iterator[Finding]:
             "note",
             key,
             "0.0, which Accelerate drops, and DeepSpeed's default is 1.0. A GradClipper of the engine switches it off.",
+        )
+    elif limit == "auto" and facts.kind == "DeepSpeed":
+        yield Finding(
+            "warning",
+            key,
+            "auto, for which the Transformers Trainer puts its max_grad_norm (1.0 if nothing is said), Accelerate 1.0. "
+            "A GradClipper of the engine takes its place; write 0.0 to say that nothing else is meant to clip.",
         )
     elif limit in (None, "auto"):
         yield Finding(
@@ -102,14 +121,21 @@ def _fp16_without_scaler(facts: Facts) -> Iterator[Finding]:
 def _precisions_differ(facts: Facts) -> Iterator[Finding]:
     if facts.enabled("fp16") and facts.enabled("bf16"):
         yield Finding("error", facts.where("bf16.enabled"), "true, and fp16.enabled as well: DeepSpeed refuses that.")
-    asked = str(facts.content.get("mixed_precision") or "no").lower()
-    for name in ("fp16", "bf16"):
-        if facts.kind == "Accelerate" and asked not in ("no", name) and facts.enabled(name):
-            yield Finding(
-                "error",
-                "mixed_precision",
-                f"{asked}, but {facts.where(name)}.enabled is true: Accelerate ends with a mismatch.",
-            )
+
+
+def _beside_a_file(facts: Facts) -> Iterator[Finding]:
+    section = facts.content.get("deepspeed_config")
+    if facts.engine != "deepspeed" or not isinstance(section, dict) or not section.get("deepspeed_config_file"):
+        return
+    twice = [SECTION + key for key in _ONLY_IN_THE_FILE if key in section]
+    if facts.content.get("mixed_precision") is not None:
+        twice.append("mixed_precision")
+    if twice:
+        yield Finding(
+            "error",
+            twice[0],
+            f"beside a deepspeed_config_file, which Accelerate refuses: take {', '.join(twice)} out, and say it there.",
+        )
 
 
 def _fp8(facts: Facts) -> Iterator[Finding]:
@@ -160,7 +186,7 @@ def _fsdp1(facts: Facts) -> Iterator[Finding]:
         "1, under which accelerator.clip_grad_norm_() is right for all of model.parameters() only: of any other list "
         "(without the frozen ones, say) it takes each rank's share for the norm. distclip's is right for any list.",
     )
-    if facts.content.get("fsdp_config", {}).get("fsdp_use_orig_params") is False:
+    if (facts.content.get("fsdp_config") or {}).get("fsdp_use_orig_params") is False:
         yield Finding(
             "note",
             "fsdp_config.fsdp_use_orig_params",
@@ -192,7 +218,8 @@ def _refused_by_distclip(facts: Facts) -> Iterator[Finding]:
             facts.where("optimizer.type"),
             "Muon puts its updates where the gradients were: GradClipper refuses it. Leave the clipping to DeepSpeed.",
         )
-    if int(facts.section("tensor_parallel").get("autotp_size", 0) or 0) > 1:
+    slices = facts.section("tensor_parallel").get("autotp_size")
+    if isinstance(slices, int) and slices > 1:
         yield Finding(
             "error",
             facts.where("tensor_parallel.autotp_size"),
@@ -249,6 +276,7 @@ TRAPS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _multi_cpu,
     _mesh_and_processes,
     _precisions_differ,
+    _beside_a_file,
     _fp16_without_scaler,
     _two_clippers,
     _stage_0,

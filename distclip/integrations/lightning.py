@@ -109,8 +109,12 @@ class ClipCallback(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the module its own hooks back."""
         if stage == "fit":
-            for name in _OFF:
-                vars(pl_module).pop(name, None)
+            _give_back(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same where ``fit()`` raises: Lightning leaves ``teardown`` out then."""
+        _give_back(pl_module)
+        self._resumed = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """All is wrapped, and loaded from a checkpoint: make the clippers."""
@@ -163,7 +167,13 @@ class ClipCallback(Callback):
 
     def _clip(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         (inner,) = as_optimizers(optimizer)
-        place = next(place for place, known in enumerate(self._optimizers) if known is inner)
+        place = next((place for place, known in enumerate(self._optimizers) if known is inner), None)
+        if place is None:
+            # (A StopIteration is for Lightning the end of the data.)
+            raise RuntimeError(
+                f"ClipCallback does not know this {type(inner).__name__}: it was put into trainer.optimizers after "
+                "on_train_start(). Make all optimizers in configure_optimizers(), or add_param_group() to one of them."
+            )
         # training_step() has returned None. (That, Lightning allows on one process only: nobody waits in a collective.)
         if trainer.world_size == 1 and all(param.grad is None for param in parameters_of([inner]).values()):
             return
@@ -177,3 +187,9 @@ class ClipCallback(Callback):
 
     def _say_off(self, what: str) -> None:
         warn(f"{what} is off: {self._config.make_rule()!r} of distclip's ClipCallback holds instead. Leave it out.")
+
+
+def _give_back(pl_module: Any) -> None:
+    """The module's own hooks."""
+    for name in _OFF:
+        vars(pl_module).pop(name, None)
