@@ -55,7 +55,7 @@ class ClipConfig:
 
     rule: float | str | Rule | Sequence[Any] | Mapping[str, Any] = 1.0
     """A number (the largest global L2 norm), a rule's text (``distclip.rules.parse``), a Rule, or a list of these."""
-    groups: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[Any, Any] = field(default_factory=dict)
     """Rules of their own by pattern of parameter names; ``rule`` is for all others. Text: ``a.* -> norm=1 ; ...``"""
     nonfinite: NonFinite = "propagate"
     """What an inf or NaN does: propagate, raise or skip."""
@@ -79,6 +79,8 @@ class ClipConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             object.__setattr__(self, item.name, KINDS[item.name].check(item.name, getattr(self, item.name)))
+        if ("*",) in self.groups and self.rule != 1.0:
+            raise ValueError(f"groups has its own '*', so that rule={self.rule!r} would never hold: leave one out")
         self.make_rule()
 
     @classmethod
@@ -128,9 +130,11 @@ class ClipConfig:
     def make_rule(self) -> Rule:
         """A new rule, with no memory yet."""
         rule = rule_of(self.rule)
-        return (
-            PerGroup({**{key: rule_of(part) for key, part in self.groups.items()}, "*": rule}) if self.groups else rule
-        )
+        if not self.groups:
+            return rule
+        groups = {key: rule_of(part) for key, part in self.groups.items()}
+        groups.setdefault(("*",), rule)
+        return PerGroup(groups)
 
     def clipper(
         self,

@@ -78,6 +78,8 @@ def _write_rule(value: Any) -> Any:
 
 
 def _check_groups(name: str, value: Any) -> dict[Any, Any]:
+    if isinstance(value, str):
+        value = _read_groups(name, value)
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must map patterns of parameter names to rules, got {value!r}")
     if value:
@@ -103,6 +105,8 @@ def _check_choice(known: Sequence[str], name: str, value: Any) -> str:
 
 
 def _check_axis(name: str, value: Any) -> str | None:
+    if value == "none":
+        return None
     if value is not None and not (isinstance(value, str) and value):
         raise TypeError(f"{name} must be the name of an axis of a DeviceMesh, got {value!r}")
     return value

@@ -54,6 +54,9 @@ def patch() -> Patch:
     cannot see FSDP1 or a pipeline), and all ranks of these meshes must pass the same list. Parameters of FSDP1 models
     are known even if distclip never saw the model: it is looked for among all living objects, once.
 
+    As with torch, ranks must pass the same parameters: a list without those that have no gradient here makes ranks wait
+    for each other. ``torch.compile`` over a clip breaks its graph (``fullgraph=True`` fails).
+
     Returns:
         A handle with ``undo()``; also a context manager. Undo the later of two first.
 

@@ -188,6 +188,11 @@ def test_traps_of_deepspeed(content: dict[str, Any], key: str, message: str, tmp
             "deepspeed_config.gradient_clipping",
             "note: 0.0, which Accelerate drops",
         ),
+        (
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_reshard_after_forward": True}},
+            "fsdp_config.fsdp_reshard_after_forward",
+            "error: true, but fsdp_version 1 has FULL_SHARD",
+        ),
         ({"distributed_type": "MULTI_GPU", "num_machines": 3}, "num_processes", "error: 8 is the number on all"),
         (
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "gradient_clipping": 2.0}},

@@ -115,6 +115,13 @@ def test_bad_settings_name_their_place(given: dict[str, Any], message: str) -> N
         ClipConfig.load(**({"environ": {}} | given))
 
 
+def test_a_rule_that_would_never_hold() -> None:
+    with pytest.raises(ValueError, match=r"groups has its own '\*', so that rule=2.0 would never hold"):
+        ClipConfig(rule=2.0, groups={"*": 1})
+    groups: Any = "a.* -> norm=1 ; * -> zclip"  # as YAML has it
+    assert str(ClipConfig(groups=groups).make_rule()) == "a.* -> norm=1.0 ; * -> zclip"
+
+
 def test_variables_of_the_test_suite_are_not_settings() -> None:
     assert ClipConfig.load(environ={"DISTCLIP_TESTS_SLOW": "1"}) == ClipConfig()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,44 @@ def test_each_optimizer_has_its_own_norm(tmp_path: Path) -> None:
         head, *rows = (tmp_path / "log" / "version_0" / "metrics.csv").read_text().splitlines()
         assert {"clip/grad_norm", "clip/clip_coef", "clip/1/grad_norm", "step"} <= set(head.split(","))
         assert [row.split(",")[-1] for row in rows] == ["2", "2", "4", "4"]
+
+
+class Gan(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.judge = nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        judged: Tensor = self.judge(self.maker(x))
+        return judged
+
+
+@ranks(1)
+def test_frozen_at_first_and_added_later() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, optimizer = Gan(), None
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.judge.parameters(), lr=0.0))
+    install(fabric, ClipConfig(rule=1.0, check="never"))
+
+    def norms() -> list[float]:
+        """After a backward and a clip: what the clip says, and of each part before and after."""
+        model.zero_grad()
+        fabric.backward(100 * model(torch.ones(1, 2)).sum())
+        parts = [part.weight for part in (model.module.maker, model.module.judge) if part.weight.requires_grad]
+        before = [float(part.grad.norm()) for part in parts]
+        told = float(fabric.clip_gradients(model, optimizer))  # type: ignore[arg-type]  # Lightning says None too
+        return [told, *before, *(float(part.grad.norm()) for part in parts)]
+
+    model.module.maker.requires_grad_(False)
+    told, judge, after = norms()
+    assert (told, after) == pytest.approx((judge, 1.0))
+    model.module.maker.requires_grad_(True)
+    told, maker, judge, maker_after, judge_after = norms()
+    assert (told, maker_after, judge_after) == pytest.approx((judge, maker, 1.0))
+    optimizer.add_param_group({"params": list(model.module.maker.parameters())})
+    told, maker, judge, maker_after, judge_after = norms()
+    assert told == pytest.approx(math.hypot(maker, judge))
+    assert math.hypot(maker_after, judge_after) == pytest.approx(1.0)
 
 
 @ranks(1)

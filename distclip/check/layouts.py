@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distclip.check.facts import SECTION, Facts
 
-_SHARDED = {
+STRATEGIES = {
     "FULL_SHARD": "flat parameters, each cut over all ranks",
     "SHARD_GRAD_OP": "flat parameters, gradients cut over all ranks",
     "NO_SHARD": "whole gradients on every rank, averaged as DDP does",
@@ -25,7 +25,7 @@ def layout_of(facts: Facts) -> str:
     if engine == "deepspeed":
         return f"DeepSpeed ZeRO {facts.stage}: {_ZERO.get(facts.stage, 'an unknown stage')}"
     if engine == "fsdp1":
-        return f"FSDP1 {facts.strategy}: {_SHARDED.get(facts.strategy, 'an unknown strategy')}"
+        return f"FSDP1 {facts.strategy}: {STRATEGIES.get(facts.strategy, 'an unknown strategy')}"
     if engine in ("fsdp2", "tp"):
         return _mesh(facts)
     return {
@@ -55,7 +55,9 @@ def _mesh(facts: Facts) -> str:
 def collectives(facts: Facts) -> int:
     """All-reduces that a clip costs."""
     whole = facts.engine in ("none", "ddp") or (facts.engine == "fsdp1" and facts.strategy == "NO_SHARD")
-    return 0 if whole or (facts.engine == "deepspeed" and facts.stage == 0) else 1
+    # ZeRO 1 with bf16 and float32 accumulation keeps whole gradients on every rank.
+    wide = facts.stage == 1 and facts.enabled("bf16") and facts.section("data_types").get("grad_accum_dtype") == "fp32"
+    return 0 if whole or (facts.engine == "deepspeed" and (facts.stage == 0 or wide)) else 1
 
 
 def clips(facts: Facts) -> str:

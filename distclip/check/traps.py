@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from distclip.check.facts import SECTION, Facts, Finding
+from distclip.check.layouts import STRATEGIES
 
 # What Accelerate's section must not say where it names a file of DeepSpeed's.
 _ONLY_IN_THE_FILE = (
@@ -194,6 +195,15 @@ def _fsdp1(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _unknown_strategy(facts: Facts) -> Iterator[Finding]:
+    if facts.engine == "fsdp1" and facts.strategy not in STRATEGIES:
+        yield Finding(
+            "error",
+            "fsdp_config.fsdp_reshard_after_forward",
+            f"{facts.strategy.lower()}, but fsdp_version 1 has {', '.join(STRATEGIES)}; true and false are for 2.",
+        )
+
+
 def _clip_value(facts: Facts) -> Iterator[Finding]:
     if facts.kind == "Accelerate" and facts.engine in ("fsdp1", "fsdp2", "deepspeed"):
         yield Finding(
@@ -283,6 +293,7 @@ TRAPS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _several_machines,
     _clip_after_step,
     _clip_value,
+    _unknown_strategy,
     _fsdp1,
     _fp8,
 )

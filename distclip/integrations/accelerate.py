@@ -48,7 +48,8 @@ class AcceleratedClipper:
     process, under DDP, FSDP1, FSDP2, HSDP, tensor parallelism, and with a DeepSpeed engine, inside whose step (in
     ``accelerator.backward``) it acts.
 
-    Make it on every rank, after ``accelerator.prepare`` and before ``accelerator.load_state``.
+    Make it on every rank, after ``accelerator.prepare`` and before ``accelerator.load_state``. The Accelerator keeps it
+    (and so the model) for ``save_state``: call ``detach()`` before ``accelerator.free_memory()``.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.

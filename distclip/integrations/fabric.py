@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from distclip.clipper import GradClipper
 from distclip.config import ClipConfig, as_config
-from distclip.integrations.parts import part_of
+from distclip.integrations.parts import follow_optimizers, part_of
 from distclip.layout.zero import is_engine
 from distclip.optimizers import as_optimizers
 from distclip.rules.base import Rule
@@ -141,6 +141,7 @@ class FabricClip:
             place = len(self.clippers)
             self._add(module, inner)
         clipper = self.clippers[place]
+        follow_optimizers(clipper)
         report = clipper.clip(loss)
         if clipper.steps % self._config.log_every == 0 and self._fabric.loggers:
             prefix = self._config.log_prefix + (f"{place}/" if place else "")

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from distclip.clipper import GradClipper
 from distclip.config import ClipConfig, as_config
 from distclip.hints import optional
-from distclip.integrations.parts import part_of
+from distclip.integrations.parts import follow_optimizers, part_of
 from distclip.layout.zero import is_engine
 from distclip.optimizers import as_optimizers, parameters_of
 from distclip.rules.base import Rule
@@ -178,6 +178,7 @@ class ClipCallback(Callback):
         if trainer.world_size == 1 and all(param.grad is None for param in parameters_of([inner]).values()):
             return
         clipper = self.clippers[place]
+        follow_optimizers(clipper)
         report = clipper.clip(self._loss)
         self._loss = None
         if clipper.steps % self._config.log_every == 0:

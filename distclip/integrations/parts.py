@@ -1,34 +1,66 @@
-"""The part of a model that one optimizer steps: Lightning clips optimizer by optimizer."""
+"""The part of a model that one optimizer steps: Lightning and Fabric clip optimizer by optimizer."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 from torch import nn
 from torch.optim import Optimizer
 
+from distclip.clipper import GradClipper
 from distclip.layout import learn
+from distclip.layout.fsdp2 import sharded_parameters
 from distclip.optimizers import as_optimizers, parameters_of
 from distclip.parameters import named_parameters
 
 
-def part_of(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> nn.Module:
-    """What a GradClipper is to be made of: ``model`` itself where the optimizer steps all that is trained.
+class Part(nn.Module):
+    """The parameters that an optimizer steps, under the names that their model gives them; has no forward.
 
-    Else a module that holds the optimizer's parameters only, under the names that the model gives them, and has no
-    forward. Its layouts are those of ``model``, which is looked at once.
+    Their layouts are those of the model. ``follow`` keeps up with ``add_param_group``.
     """
-    stepped = parameters_of(as_optimizers(optimizer))
-    named = list(named_parameters(model))
-    if all(id(param) in stepped for _, param in named if param.requires_grad):
-        return model
-    learn(model)
-    part = nn.Module()
-    for name, param in named:
-        if id(param) in stepped:
-            *path, leaf = name.split(".")
-            _descend(part, path).register_parameter(leaf, param)
-    return part
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__()
+        # In a tuple: as a submodule its parameters would be the part's.
+        self._whole = (model,)
+        self._optimizer = optimizer
+        self._held: frozenset[int] = frozenset()
+        self.follow()
+
+    def follow(self) -> None:
+        """Hold what the optimizer steps now."""
+        stepped = parameters_of([self._optimizer])
+        if stepped.keys() == self._held:
+            return
+        (model,) = self._whole
+        learn(model)
+        self._held = frozenset(stepped)
+        self._modules.clear()
+        self._parameters.clear()
+        sharded = sharded_parameters(model)
+        for name, param in named_parameters(model):
+            # Where FSDP2 has unsharded them for a while, the optimizer knows the shards.
+            own = sharded.get(id(param), param)
+            if id(own) in stepped:
+                *path, leaf = name.split(".")
+                _descend(self, path).register_parameter(leaf, own)  # type: ignore[arg-type]  # a DTensor is one
+
+
+def part_of(model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    """What a GradClipper is to be made of: ``model`` where the optimizer steps all of it, else a ``Part``.
+
+    Parameters that are frozen now count: others may be trained when they are.
+    """
+    (inner,) = as_optimizers(optimizer)
+    stepped, sharded = parameters_of([inner]), sharded_parameters(model)
+    every = (sharded.get(id(param), param) for param in model.parameters())
+    return model if all(id(param) in stepped for param in every) else Part(model, inner)
+
+
+def follow_optimizers(clipper: GradClipper) -> None:
+    """Before a clip: let parts hold what their optimizers step now."""
+    for module in clipper._params.modules:
+        if isinstance(module, Part):
+            module.follow()
 
 
 def _descend(module: nn.Module, path: list[str]) -> nn.Module:

@@ -170,7 +170,8 @@ class TrainerHooks:
         own = {} if is_engine(model) else {"optimizer": optimizer}
         self.clipper = self._config.clipper(model, mesh=self._mesh, **own)
         resumed, self._resumed = self._resumed, None
-        if resumed is not None:
+        # A train() that failed on its way may have left what it read.
+        if resumed is not None and self._trainer.state.global_step > 0:
             file, state = resumed
             try:
                 self.clipper.load_state_dict(state)
