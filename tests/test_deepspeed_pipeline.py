@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distclip
-from distclip import ClipByNorm, ClipByValue, GradClipper, SkipAbove
+from distclip import ClipByNorm, GradClipper, SkipAbove
 from tests import oracle
 from tests.collectives import recorded_collectives
 from tests.nets import Block
 from tests.ranks import ranks
-from tests.test_deepspeed import allow_fp16_on_cpu, assert_same_bits, start_deepspeed
+from tests.test_deepspeed import RULES, allow_fp16_on_cpu, assert_same_bits, start_deepspeed
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = [
@@ -55,11 +55,6 @@ CASES = [
     Case(1, "fp16", ZERO),
 ]
 BY_NAME = {str(case): case for case in CASES}
-RULES: dict[str, Callable[[], float | distclip.Rule]] = {
-    "global": lambda: 0.5,
-    "norm": lambda: ClipByNorm(0.1),
-    "value": lambda: ClipByValue((-0.02, 0.01)),
-}
 
 
 class Embedding(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
 from distclip import ClipByValue, Rule
-from distclip.rules import Decision, parse
+from distclip.rules import parse
 from tests import oracle
+from tests.losses import SEEN, LossSeen
 from tests.ranks import ranks
 from tests.test_launch import start
 
@@ -294,20 +294,6 @@ def test_bf16_and_skipped_steps() -> None:
     _, log = fit(task, "skip_above=0", precision="bf16-mixed")
     assert [step["train/skipped"] for step in log] == [1.0] * 4
     assert all(map(torch.equal, before, task.parameters()))
-
-
-@dataclass
-class LossSeen(Rule):
-    """Remembers the losses that it is given."""
-
-    needs_loss = True
-
-    def decide(self, norms: Any) -> Decision:
-        SEEN.append(float(norms.loss))
-        return Decision(None, torch.full_like(norms.total, torch.inf))
-
-
-SEEN: list[float] = []
 
 
 @ranks(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from distclip import ClipByValue, ClipConfig, Rule
 from distclip.integrations.transformers import FILE, NEEDED, install
-from distclip.rules import Decision, parse
+from distclip.rules import parse
 from tests import oracle
+from tests.losses import SEEN, LossSeen
 from tests.ranks import ranks, run_ranks
 from tests.test_launch import start
 
@@ -295,20 +295,6 @@ def test_fp16_on_a_gpu(tmp_path: Path) -> None:
     stepped = [entry for entry in logged(trainer) if not entry["skipped"]]
     assert stepped
     assert all(entry["grad_norm_clipped"] <= 0.1001 for entry in stepped)
-
-
-@dataclass
-class LossSeen(Rule):
-    """Remembers the losses that it is given."""
-
-    needs_loss = True
-
-    def decide(self, norms: Any) -> Decision:
-        SEEN.append(float(norms.loss))
-        return Decision(None, torch.full_like(norms.total, torch.inf))
-
-
-SEEN: list[float] = []
 
 
 @ranks(1, 2)
