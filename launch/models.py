@@ -16,9 +16,9 @@ HEADS = 4
 class RowLSTM(nn.Module):
     """Many-to-one: the rows of an image go in one after another, the last hidden state names the digit."""
 
-    def __init__(self, row: int, classes: int, *, hidden: int = 128) -> None:
+    def __init__(self, row: int, classes: int, *, hidden: int = 128, layers: int = 1) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(row, hidden, batch_first=True)
+        self.lstm = nn.LSTM(row, hidden, layers, batch_first=True)
         self.head = nn.Linear(hidden, classes)
 
     def forward(self, images: Tensor) -> Tensor:
