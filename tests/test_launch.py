@@ -25,11 +25,11 @@ def steps(out: Path) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     ("parallel", "ranks", "model"),
     [
-        ("ddp", 2, "lstm"),
-        ("fsdp1", 2, "transformer"),
+        pytest.param("ddp", 2, "lstm", marks=pytest.mark.slow),
+        pytest.param("fsdp1", 2, "transformer", marks=pytest.mark.slow),
         ("fsdp2", 2, "lstm"),
         pytest.param("hsdp", 4, "transformer", marks=pytest.mark.slow),
-        ("tp", 2, "transformer"),
+        pytest.param("tp", 2, "transformer", marks=pytest.mark.slow),
         pytest.param("hsdp+tp", 4, "transformer", marks=pytest.mark.slow),
         ("pp+fsdp2", 4, "transformer"),
         ("ep", 2, "transformer"),

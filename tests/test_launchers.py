@@ -227,6 +227,7 @@ def accelerate_config(tmp_path: Path) -> Path:
 
 
 @needs_accelerate
+@pytest.mark.slow
 def test_one_node_by_accelerate(accelerate_config: Path, tmp_path: Path) -> None:
     assert SAME in run("accelerate.sh", *TASK, "--out", str(tmp_path), CONFIG=accelerate_config)
 
