@@ -11,6 +11,8 @@ from typing import ClassVar
 
 from distclip.record import Event, Record
 from distclip.report import dominant
+from distclip.rules.base import Rule
+from distclip.rules.norm import NormalizeGradient
 from distclip.rules.thresholds import checked, checked_count
 
 
@@ -80,7 +82,10 @@ class Jump(Alarm):
         self._norms.append(norm)
         if len(before) < self.min_history:
             return None
-        mean, deviation = fmean(before), pstdev(before)
+        # In parts of the largest: squares of float64 norms may leave float64.
+        largest = max(before) or 1.0
+        parts = [norm / largest for norm in before]
+        mean, deviation = fmean(parts) * largest, pstdev(parts) * largest
         if norm <= mean + self.sigma * deviation or norm <= 2 * mean:
             return None
         return self.event(
@@ -254,9 +259,20 @@ class OneTensor(Alarm):
         )
 
 
-def default_alarms() -> list[Alarm]:
-    """One of each, as a Monitor has them."""
-    return [NonFinite(), Jump(), Exploding(), Vanishing(), ClipsOften(), NeverClips(), OneTensor()]
+def default_alarms(rule: Rule | None = None) -> list[Alarm]:
+    """One of each, as a Monitor has them; without those on thresholds where the rule's are not of the global norm."""
+    found = [NonFinite(), Jump(), Exploding(), Vanishing(), OneTensor()]
+    return found if rule is not None and not _holds_global_norm(rule) else [*found, ClipsOften(), NeverClips()]
+
+
+def _holds_global_norm(rule: Rule) -> bool:
+    """Whether being clipped often, or never, tells of the threshold: not of rules of elements, rows or single tensors,
+    whose work that is, nor of those that only skip spikes."""
+    closer = ("needs_per_tensor", "needs_tensors", "needs_units", "needs_means", "needs_extremes", "reshapes")
+    stages = [stage for stage in rule.stages if not stage.may_skip]
+    if any(isinstance(stage, NormalizeGradient) for stage in stages):
+        return False  # which scales every step
+    return bool(stages) and not any(getattr(stage, need) for stage in stages for need in closer)
 
 
 def _straightness(values: list[float]) -> float:

@@ -226,7 +226,10 @@ def report_of(plan: Plan, outcomes: Sequence[Outcome], found: Tensor, skipped: T
         clipped=coefficient < 1.0,
         nonfinite=found,
         skipped=skipped,
-        clipped_norm=returned(plan, _after(last)) if last.effect.scales_only else None,
+        # Of rules one after the other with different norms, the last would tell of its own.
+        clipped_norm=returned(plan, _after(last))
+        if last.effect.scales_only and last.norms.norm_type == norms.norm_type
+        else None,
         quantities={name: value for decision in told for name, value in decision.quantities.items()},
         per_tensor=per_tensor,
     )

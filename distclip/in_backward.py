@@ -182,8 +182,10 @@ class InBackward:
             self._refuse_unhooked(ModuleParameters(params.modules, may_be_empty=True), params)
         if not math.isinf(self._rule.norm_type):
             self._sums.powers.mul_(self._plan.shares.to(self._wire))
-        norms = replace(combined(self._plan, self._sums, self._wanted, self._plan.device, self._how), step=self._step())
-        outcome = engine.outcome_of(self._plan, self._wanted, norms)
+        details = clipper is not None and clipper._moment().details
+        wanted = self._wanted.detailed() if details else self._wanted
+        norms = combined(self._plan, self._sums, wanted, self._plan.device, self._how)
+        outcome = engine.outcome_of(self._plan, wanted, replace(norms, step=self._step()))
         finite = norms.finite
         skipped = torch.zeros_like(finite)
         self._wanted.settle(skipped)

@@ -6,6 +6,8 @@ with one copy from the device.
 
 from __future__ import annotations
 
+import atexit
+import os
 import time
 import weakref
 from collections import deque
@@ -19,7 +21,8 @@ from torch import Tensor
 
 from distclip.alarms import Alarm, default_alarms
 from distclip.clipper import GradClipper
-from distclip.record import Event, Record
+from distclip.layout.dtensor import is_dtensor
+from distclip.record import RESERVED, Event, Record
 from distclip.report import ClipReport, metrics_of, read
 from distclip.rules.thresholds import checked_count
 from distclip.sinks.base import Sink, as_sink
@@ -54,8 +57,8 @@ class Monitor:
         sinks: where records go: Sinks, paths that end in ``.jsonl``, functions of (step, metrics).
         log_every: sinks and alarms see clips this many at a time; the device is waited for as often.
         prefix: what names of metrics begin with where trackers show them.
-        alarms: None for one of each kind (``distclip.alarms``), () for none. Each speaks once, as an ``AlarmWarning``
-            and an event in every sink.
+        alarms: None for one of each kind that makes sense of the rule (``distclip.alarms``), () for none. Each
+            speaks once, as an ``AlarmWarning`` and an event in every sink.
         main: whether this process writes; None: rank 0 does.
 
     Raises:
@@ -84,22 +87,28 @@ class Monitor:
         self.log_every = checked_count("log_every", log_every)
         self._main = (not dist.is_initialized() or dist.get_rank() == 0) if main is None else main
         self._sinks = [as_sink(sink) for sink in sinks]
-        self._alarms = default_alarms() if alarms is None else list(alarms)
+        self._alarms = default_alarms(clipper.rule) if alarms is None else list(alarms)
         self._waiting: list[_Waiting] = []
         self._clipped: deque[bool] = deque(maxlen=_FRACTION)
         self._rule = clipper.rule
         self._prefix = prefix
         self._started = False
+        self._process = os.getpid()
         self._handle = clipper.register_report_hook(self._after) if self._main else None
         # At the end of the process, or of the clipper, if nobody closes it. Nothing here refers to that.
         self._finalizer = weakref.finalize(clipper, self.close) if self._main else None
 
     def log(self, **values: Tensor | float) -> None:
-        """Add numbers (``loss``, ``lr``, ...) to the record of the latest clip. 0-d tensors are not waited for."""
+        """Add numbers (``loss``, ``lr``, ...) to the record of the latest clip. Tensors are not waited for.
+
+        Raises:
+            ValueError: a tensor of several numbers; a name that records have already.
+            TypeError: a value that is no number; a DTensor that is not replicated, which one rank alone cannot read.
+        """
+        # Before asking whether this process writes: all ranks are to fail alike.
+        checked = {name: _value(name, value) for name, value in values.items()}
         if self._waiting:
-            self._waiting[-1].values |= {
-                name: value.detach() if isinstance(value, Tensor) else float(value) for name, value in values.items()
-            }
+            self._waiting[-1].values |= checked
 
     def flush(self) -> None:
         """Hand all that waits to sinks and alarms now. Waits for the device."""
@@ -109,21 +118,31 @@ class Monitor:
         if not self._started:
             self._started = True
             self._to_sinks(lambda sink: sink.start(self._run()))
+            # What is registered last ends first: before the trackers, which have begun by now, close their runs.
+            atexit.register(self.close)
         self._to_sinks(lambda sink: sink.write(records))
-        for event in self._events(records):
-            warn(f"step {event.step}: {event.message}", AlarmWarning)
+        events = self._events(records)
+        # All of them first: warnings may be errors.
+        for event in events:
             self._to_sinks(lambda sink, event=event: sink.event(event))  # type: ignore[misc]
+        for event in events:
+            warn(f"step {event.step}: {event.message}", AlarmWarning)
 
     def close(self) -> None:
         """Flush, and close the sinks. Called at the end of the clipper or the process if nobody does."""
+        if os.getpid() != self._process:
+            return  # a fork: what waits, and the sinks, are its parent's
         if self._handle is not None:
             self._handle.remove()
-        self.flush()
-        if self._started:
-            self._to_sinks(lambda sink: sink.close())
-        self._sinks = []
-        if self._finalizer is not None:
-            self._finalizer.detach()
+        try:
+            self.flush()
+        finally:
+            if self._started:
+                self._to_sinks(lambda sink: sink.close())
+            self._sinks = []
+            atexit.unregister(self.close)
+            if self._finalizer is not None:
+                self._finalizer.detach()
 
     def __enter__(self) -> Monitor:
         return self
@@ -136,7 +155,7 @@ class Monitor:
         if len(self._waiting) >= self.log_every:
             self.flush()
         self._rule = clipper.rule
-        self._waiting.append(_Waiting(clipper.steps, time.time(), report, {} if loss is None else {"loss": loss}))
+        self._waiting.append(_Waiting(clipper.steps, time.time(), report, _loss(loss)))
 
     def _read(self) -> list[Record]:
         """All that waits, as numbers, with one wait for the device."""
@@ -179,6 +198,34 @@ class Monitor:
             except Exception as error:  # whatever a sink does, training goes on
                 self._sinks.remove(sink)
                 warn(f"{type(sink).__name__} failed and gets no more records: {type(error).__name__}: {error}")
+
+
+def _value(name: str, value: Any) -> Tensor | float:
+    """What ``log`` was given, as it is now: a script may add to its tensor, or a CUDA graph write to it, before it is
+    read."""
+    if name in RESERVED:
+        raise ValueError(f"log({name}=...): every record has a {name!r} of its own; take another name")
+    if not isinstance(value, Tensor):
+        return float(value)
+    if is_dtensor(value):
+        if not all(placement.is_replicate() for placement in value.placements):
+            raise TypeError(
+                f"log({name}=...) got a DTensor {value.placements}, which one rank alone cannot read: pass "
+                f"{name}.full_tensor()"
+            )
+        value = value.to_local()
+    if value.numel() != 1:
+        raise ValueError(f"log({name}=...) takes single numbers, got a tensor of shape {tuple(value.shape)}")
+    number: Tensor = value.detach().clone()
+    return number
+
+
+def _loss(loss: Tensor | None) -> dict[str, Tensor | float]:
+    """What was passed to ``clip(loss=...)``, where this rank can read it alone."""
+    try:
+        return {} if loss is None else {"loss": _value("loss", loss)}
+    except TypeError:
+        return {}
 
 
 def _numbers(given: list[dict[str, Tensor | float]]) -> list[dict[str, float]]:

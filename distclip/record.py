@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Level = Literal["warning", "note"]
+RESERVED = frozenset({"kind", "step", "time", "per_tensor"})
+"""What a record's line in a file holds besides metrics."""
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ class ClipReport:
     skipped: Tensor
     """Whether this step's gradients were dropped, so that ``optimizer.step()`` changes nothing; bool."""
     clipped_norm: Tensor | None = None
-    """Global norm after clipping, as ``total_norm``; None where elements were limited, after which only another read of
-    the gradients could tell (``distclip.grad_norm``)."""
+    """Global norm after clipping, as ``total_norm``; None where elements were limited, or a later rule went by another
+    ``norm_type``, after which only another read of the gradients could tell (``distclip.grad_norm``)."""
     nonfinite_steps: Tensor | None = None
     """In how many clips of this GradClipper so far, this one included, a gradient held an inf or NaN; int64."""
     quantities: Mapping[str, Tensor] = field(default_factory=dict)

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distclip.record import Event, Record
-
-_NOT_METRICS = {"kind", "step", "time", "per_tensor"}
+from distclip.record import RESERVED, Event, Record
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Run:
     info: Mapping[str, Any]
     """What its last line of kind ``run`` says: ``rule``, ``version``, ``world_size`` ..."""
     records: tuple[Record, ...]
-    """Ordered by step; of two with the same step, as a resumed run leaves them, the later."""
+    """Ordered by step. Of a run that resumed, or began anew in the same file, those from before its first step."""
     events: tuple[Event, ...]
     broken_lines: int = 0
     """Lines that could not be read: what a crash left of one."""
@@ -61,15 +59,20 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     info: dict[str, Any] = {}
     records: dict[int, Record] = {}
     events: list[Event] = []
-    broken = 0
+    broken, anew = 0, False
     for line in filter(str.strip, lines):
         told = _parsed(line)
         kind = told.get("kind")
         if kind == "run":
-            info = told
+            info, anew = told, True
         elif kind == "alarm":
             events.append(_event(told))
         elif kind == "step":
+            if anew:
+                # A run that resumes, or begins again: what an earlier one did from here on is history no more.
+                first, anew = told["step"], False
+                records = {step: record for step, record in records.items() if step < first}
+                events = [event for event in events if event.step < first]
             records[told["step"]] = _record(told)
         else:
             broken += 1
@@ -94,7 +97,7 @@ def _parsed(line: str) -> dict[str, Any]:
 
 def _record(told: dict[str, Any]) -> Record:
     per_tensor = told.get("per_tensor")
-    metrics = {key: _number(value) for key, value in told.items() if key not in _NOT_METRICS}
+    metrics = {key: _number(value) for key, value in told.items() if key not in RESERVED}
     tensors = {str(key): _number(value) for key, value in per_tensor.items()} if isinstance(per_tensor, dict) else None
     return Record(told["step"], _number(told.get("time")), metrics, tensors)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from distclip.rules import parse
 from distclip.runs import Run
 from distclip.summary import finite, quantile
 
@@ -54,15 +55,27 @@ def suggest(run: Run) -> Suggestions:
         for percentile in PERCENTILES
         for limit in [quantile(norms, percentile / 100)]
     )
-    return Suggestions(len(norms), len(run.records) - len(norms), found, _advice(found, len(norms)))
+    advice = _advice(found, len(norms), _norm_type(run))
+    return Suggestions(len(norms), len(run.records) - len(norms), found, advice)
 
 
-def _advice(found: tuple[Suggestion, ...], count: int) -> str:
+def _norm_type(run: Run) -> float:
+    """Of the norms in a log: that of its rule. A rule that no text can say is taken to go by L2."""
+    try:
+        return parse(str(run.info.get("rule", ""))).norm_type
+    except (ValueError, TypeError):
+        return 2.0
+
+
+def _advice(found: tuple[Suggestion, ...], count: int, norm_type: float) -> str:
+    rule = "global_norm={:.3g}" + ("" if norm_type == 2.0 else f",norm_type={norm_type:g}")
     at = {suggestion.percentile: suggestion.threshold for suggestion in found}
     text = (
         f"To catch outliers and leave ordinary steps alone, take the 90th to 99th percentile ({at[90.0]:.3g} to "
-        f"{at[99.0]:.3g}): rule global_norm={at[95.0]:.3g} would have clipped one step in twenty. A threshold at the "
+        f"{at[99.0]:.3g}): rule {rule.format(at[95.0])} would have clipped one step in twenty. A threshold at the "
         "median or below clips most steps, and sets the step size more than the learning rate does. Norms fall as "
         "training goes on: if those of the end are much smaller, let the threshold follow them (zclip, autoclip=90)."
     )
+    if norm_type != 2.0:
+        text += f" These are norms of order {norm_type:g}, as the run's rule measured: no thresholds for an L2 norm."
     return text if count >= _FEW else f"These are only {count} norms: log some {_FEW} steps before you decide. {text}"

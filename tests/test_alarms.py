@@ -20,6 +20,7 @@ from distclip.alarms import (
     default_alarms,
 )
 from distclip.record import Event, Record
+from distclip.rules import parse
 
 
 def records(
@@ -125,3 +126,29 @@ def test_no_run_breaks_an_alarm(norms: list[float], threshold: float) -> None:
     run = records(norms, threshold, tensors or None)
     for alarm in default_alarms():
         first(alarm, run)
+
+
+@pytest.mark.parametrize(
+    ("rule", "alone"),
+    [
+        ("global_norm=1", False),
+        ("zclip", False),
+        ("skip_on_spike | global_norm=1", False),
+        ("skip_on_spike", True),
+        ("agc=0.01", True),
+        ("value=1", True),
+        ("norm=1", True),
+        ("normalize=1", True),
+        ("a.* -> norm=1 ; * -> zclip", True),
+    ],
+)
+def test_thresholds_that_are_not_of_the_global_norm_raise_no_alarm(rule: str, alone: bool) -> None:
+    names = {alarm.name for alarm in default_alarms(parse(rule))}
+    assert ({"clips_often", "never_clips"} & names == set()) is alone
+    assert {"nonfinite", "jump", "exploding", "vanishing", "one_tensor"} <= names
+
+
+def test_a_jump_among_norms_whose_squares_leave_float64() -> None:
+    event = first(Jump(), records([*noisy(30, around=1e300), 1e302]))
+    assert event is not None
+    assert event.values["mean"] == pytest.approx(1e300, rel=0.2)

@@ -207,3 +207,12 @@ def test_groups_by_their_names() -> None:
         ClipConfig(pipeline_group="pp").clipper(model)
     with pytest.raises(ValueError, match=r"replicated: no parameter of the model matches 'embed\.\*'"):
         ClipConfig(replicated={"embed.*": "pp"}).clipper(model, mesh=mesh)
+
+
+def test_each_optimizer_has_a_log_of_its_own() -> None:
+    from distclip.integrations.parts import config_of_part
+
+    config = ClipConfig(rule=2.0, log="runs/mine.jsonl")
+    assert [config_of_part(config, place).log for place in range(2)] == ["runs/mine.jsonl", "runs/mine.1.jsonl"]
+    assert config_of_part(config, 1).rule == 2.0
+    assert config_of_part(ClipConfig(), 1).log is None

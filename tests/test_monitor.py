@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -339,3 +341,94 @@ def test_alarms_warn_once_and_stand_in_the_log() -> None:
             clip_with(clipper, model, math.inf)
         clip_with(clipper, model, math.inf)
     assert [(event.step, event.alarm) for event in sink.events] == [(1, "nonfinite")]
+
+
+def test_what_is_logged_is_what_it_was_then() -> None:
+    model, clipper = setting()
+    sink, loss = Kept(), torch.zeros(())
+    with Monitor(clipper, [sink], alarms=()) as monitor:
+        for step in range(3):
+            clip_with(clipper, model, 1.0)
+            loss += step
+            monitor.log(loss=loss)
+            loss.zero_()
+    assert [record.metrics["loss"] for record in sink.records] == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"step": 3}, "log(step=...): every record has a 'step' of its own"),
+        ({"time": 0.1}, "log(time=...)"),
+        ({"loss": torch.ones(2)}, "log(loss=...) takes single numbers, got a tensor of shape (2,)"),
+    ],
+)
+def test_what_cannot_be_logged_is_refused_on_every_rank(values: Any, message: str, main: bool) -> None:
+    model, clipper = setting()
+    with Monitor(clipper, main=main) as monitor:
+        clip_with(clipper, model, 1.0)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            monitor.log(**values)
+
+
+@ranks(2)
+def test_a_dtensor_of_which_a_rank_has_a_part_is_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    model, clipper = setting()
+    mesh, sink = init_device_mesh("cpu", (2,)), Kept()
+    with Monitor(clipper, [sink], alarms=()) as monitor:
+        clip_with(clipper, model, 1.0)
+        monitor.log(loss=DTensor.from_local(torch.tensor(2.0), mesh, [Replicate()]))
+        with pytest.raises(TypeError, match=r"pass loss.full_tensor\(\)"):
+            monitor.log(loss=DTensor.from_local(torch.tensor(2.0), mesh, [Partial()]))
+    assert [record.metrics["loss"] for record in sink.records] == [2.0] * (dist.get_rank() == 0)
+
+
+def test_alarms_that_are_errors_stand_in_the_log_and_sinks_are_closed() -> None:
+    model, clipper = setting()
+    sink = Kept()
+    monitor = Monitor(clipper, [sink], alarms=[distclip.alarms.NonFinite()])
+    clip_with(clipper, model, math.inf)
+    with pytest.raises(AlarmWarning):
+        monitor.close()
+    assert [event.alarm for event in sink.events] == ["nonfinite"]
+    assert sink.told == ["start", "close"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_leaves_its_parent_s_log_alone(tmp_path: Path) -> None:
+    model, clipper = setting()
+    monitor = Monitor(clipper, [tmp_path / "run.jsonl"], alarms=())
+    clip_with(clipper, model, 1.0, 2.0)
+    child = os.fork()
+    if child == 0:
+        monitor.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    monitor.close()
+    assert [json.loads(line).get("step") for line in (tmp_path / "run.jsonl").read_text().splitlines()] == [None, 1, 2]
+
+
+def test_single_tensors_when_clipped_in_backward() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    clipper = GradClipper(model, 1.0, details_every=2)
+    clipper.clip_in_backward(previous_norm=True)
+    told = []
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.tensor([[3.0, 4.0]])).sum().backward()
+        assert clipper.report is not None
+        told.append(clipper.report.to_dict().get("per_tensor"))
+    assert told == [{"weight": 5.0}, None, {"weight": 5.0}]
+
+
+def test_the_norm_after_rules_of_different_norms_is_not_told() -> None:
+    model, clipper = setting([distclip.ClipByGlobalNorm(9.0, norm_type=math.inf), 9.0])
+    clip_with(clipper, model, 5.0)
+    assert clipper.report is not None
+    assert clipper.report.total_norm.item() == pytest.approx(4.0)
+    assert clipper.report.clipped_norm is None

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,22 @@ def test_a_resumed_run(tmp_path: Path) -> None:
     assert run.steps == [1, 2, 3, 4]
     assert run.series("grad_norm") == pytest.approx([1, 2, 30, 40])
     assert run.broken_lines == 1
+
+
+@pytest.mark.filterwarnings("ignore::distclip.AlarmWarning")
+def test_a_shorter_run_in_the_same_file(tmp_path: Path) -> None:
+    logged(tmp_path / "run.jsonl", [10.0, 20.0, math.nan, 40.0])
+    run = logged(tmp_path / "run.jsonl", [1.0, 2.0])
+    assert run.series("grad_norm") == pytest.approx([1, 2])
+    assert run.events == ()
+
+
+def test_suggestions_say_what_norm_they_are_of(tmp_path: Path) -> None:
+    run = logged(tmp_path / "run.jsonl", [1.0, 2.0])
+    assert "global_norm=1.95 would" in suggest(run).advice
+    run = replace(run, info={"rule": "global_norm=1.0,norm_type=inf"})
+    assert "global_norm=1.95,norm_type=inf would" in suggest(run).advice
+    assert "norms of order inf" in suggest(run).advice
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,9 @@ def _gpus() -> list[str]:
 
 def _version(module: str, package: str) -> str | None:
     """None where it is not installed. Imports nothing: some of these take long."""
-    if importlib.util.find_spec(module) is None:
-        return None
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return None  # without an origin: a folder of that name, such as W&B leaves where it logs
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

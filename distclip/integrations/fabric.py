@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from distclip.clipper import GradClipper
 from distclip.config import ClipConfig, as_config
-from distclip.integrations.parts import follow_optimizers, part_of
+from distclip.integrations.parts import config_of_part, follow_optimizers, part_of
 from distclip.layout.zero import is_engine
 from distclip.optimizers import as_optimizers
 from distclip.rules.base import Rule
@@ -158,7 +158,8 @@ class FabricClip:
             )
         scaler: torch.amp.GradScaler | None = getattr(self._fabric.strategy.precision, "scaler", None)
         part = part_of(module, optimizer)
-        clipper = self._config.clipper(part, optimizer=optimizer, scaler=scaler, mesh=self._mesh)
+        config = config_of_part(self._config, len(self.clippers))
+        clipper = config.clipper(part, optimizer=optimizer, scaler=scaler, mesh=self._mesh)
         if self._resumed:
             clipper.load_state_dict(self._resumed[0])
             self._resumed = self._resumed[1:]

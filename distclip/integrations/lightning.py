@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from distclip.clipper import GradClipper
 from distclip.config import ClipConfig, as_config
 from distclip.hints import optional
-from distclip.integrations.parts import follow_optimizers, part_of
+from distclip.integrations.parts import config_of_part, follow_optimizers, part_of
 from distclip.layout.zero import is_engine
 from distclip.optimizers import as_optimizers, parameters_of
 from distclip.rules.base import Rule
@@ -127,7 +127,7 @@ class ClipCallback(Callback):
         self._optimizers = as_optimizers(trainer.optimizers)
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._loss = None
-        self.clippers = [self._clipper(model, optimizer) for optimizer in self._optimizers]
+        self.clippers = [self._clipper(model, optimizer, place) for place, optimizer in enumerate(self._optimizers)]
         if self._resumed:
             if len(self._resumed) != len(self.clippers):
                 raise ValueError(
@@ -159,11 +159,12 @@ class ClipCallback(Callback):
         """Called by Lightning before there are clippers."""
         self._resumed = state_dict["clippers"]
 
-    def _clipper(self, model: Any, optimizer: Optimizer) -> GradClipper:
+    def _clipper(self, model: Any, optimizer: Optimizer, place: int) -> GradClipper:
         # Without a scaler this step's hooks of the optimizer have run when we clip: it must not be left to them.
         stepping = None if self._scaler is None else optimizer
         part = part_of(model, optimizer)
-        return self._config.clipper(part, optimizer=stepping, scaler=self._scaler, mesh=self._mesh)
+        config = config_of_part(self._config, place)
+        return config.clipper(part, optimizer=stepping, scaler=self._scaler, mesh=self._mesh)
 
     def _clip(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         (inner,) = as_optimizers(optimizer)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 from torch.optim import Optimizer
 
 from distclip.clipper import GradClipper
+from distclip.config import ClipConfig
 from distclip.layout import learn
 from distclip.layout.fsdp2 import sharded_parameters
 from distclip.optimizers import as_optimizers, parameters_of
@@ -54,6 +57,13 @@ def part_of(model: nn.Module, optimizer: Optimizer) -> nn.Module:
     stepped, sharded = parameters_of([inner]), sharded_parameters(model)
     every = (sharded.get(id(param), param) for param in model.parameters())
     return model if all(id(param) in stepped for param in every) else Part(model, inner)
+
+
+def config_of_part(config: ClipConfig, place: int) -> ClipConfig:
+    """The settings for the optimizer at ``place``: each has a log of its own, ``run.jsonl``, ``run.1.jsonl`` ..."""
+    if place == 0 or config.log is None:
+        return config
+    return replace(config, log=f"{config.log.removesuffix('.jsonl')}.{place}.jsonl")
 
 
 def follow_optimizers(clipper: GradClipper) -> None:

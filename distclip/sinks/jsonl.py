@@ -16,7 +16,7 @@ class JsonLines(Sink):
 
     Whole lines are written at once and handed to the system at once, so that a reader sees no half lines but, after a
     crash of the machine, a last one. Metrics stand without the run's prefix, which the run's line names. A log that is
-    there already is added to, as a resumed run wants; ``distclip.runs.read_run`` takes the later of two equal steps.
+    there already is added to, as a resumed run wants; ``distclip.runs.read_run`` passes over what it does again.
 
     Args:
         path: the file; its folder is made.

@@ -75,7 +75,11 @@ class MLflow(Sink):
             self._own = mlflow.active_run() is None
             active = mlflow.start_run(**self._settings) if self._own else mlflow.active_run()
             self._run_id = active.info.run_id
-        self._client.log_param(self._run_id, "distclip_rule", run["rule"])
+        try:
+            self._client.log_param(self._run_id, "distclip_rule", run["rule"])
+        except mlflow.exceptions.MlflowException:
+            # A param can never change, as it does where a run resumes with another rule; and is shorter than a tag.
+            self._client.set_tag(self._run_id, "distclip_rule", run["rule"][:5000])
 
     def write(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric
