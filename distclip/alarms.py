@@ -32,20 +32,27 @@ class Alarm:
 
 @dataclass
 class NonFinite(Alarm):
-    """Gradients held an inf or NaN in ``count`` of the last ``window`` steps; a few are normal under loss scaling."""
+    """Gradients held an inf or NaN in ``count`` of the last ``window`` steps.
+
+    Steps that were skipped for it, as a GradScaler does as a matter of course, count from the ``skipped``-th on.
+    """
 
     count: int = 1
     window: int = 100
+    skipped: int = 10
     name = "nonfinite"
     _found: deque[bool] = field(init=False, repr=False)
+    _stepped: deque[bool] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.count, self.window = checked_count("count", self.count), checked_count("window", self.window)
-        self._found = deque(maxlen=self.window)
+        self.skipped = checked_count("skipped", self.skipped)
+        self._found, self._stepped = deque(maxlen=self.window), deque(maxlen=self.window)
 
     def look(self, record: Record) -> Event | None:
         self._found.append(record.is_set("nonfinite"))
-        if sum(self._found) < self.count:
+        self._stepped.append(record.is_set("nonfinite") and not record.is_set("skipped"))
+        if sum(self._stepped) < self.count and sum(self._found) < max(self.count, self.skipped):
             return None
         where = ""
         if record.per_tensor is not None:
@@ -261,8 +268,11 @@ class OneTensor(Alarm):
 
 def default_alarms(rule: Rule | None = None) -> list[Alarm]:
     """One of each, as a Monitor has them; without those on thresholds where the rule's are not of the global norm."""
-    found = [NonFinite(), Jump(), Exploding(), Vanishing(), OneTensor()]
-    return found if rule is not None and not _holds_global_norm(rule) else [*found, ClipsOften(), NeverClips()]
+    found: list[Alarm] = [NonFinite(), Jump(), Exploding(), Vanishing()]
+    if rule is None or _holds_global_norm(rule):
+        found += [ClipsOften(), NeverClips()]
+    # Shares are those of squares.
+    return [*found, OneTensor()] if rule is None or rule.stages[0].norm_type == 2.0 else found
 
 
 def _holds_global_norm(rule: Rule) -> bool:

@@ -72,7 +72,8 @@ class GradClipper:
             clip, "always", "never". It reads the gradients once more, and costs two or three small all-reduces (and
             waits for the device). The same on every rank. ``distclip.audit`` finds more.
         details_every: in every so many clips, the first among them, ``report.per_tensor`` holds the norm of each tensor
-            of all ranks, whatever the rule needs: 8 bytes a tensor in the same all-reduce, no other read. 0 for none.
+            of all ranks, whatever the rule needs. They ride in the all-reduce of every clip (8 bytes a tensor), without
+            another read. 0 for none.
 
     Raises:
         TypeError: ``model`` or ``rule`` is of another type.
@@ -326,8 +327,10 @@ class GradClipper:
         return replace(report, skipped=report.skipped | report.nonfinite) if step.scales(scaler) else report
 
     def _moment(self, grad_scale: Tensor | None = None, loss: Tensor | None = None) -> engine.Moment:
-        details = self.details_every > 0 and self.steps % self.details_every == 0
-        return engine.Moment(self._params.tensors, self.nonfinite, grad_scale, self.steps, loss, details)
+        # Measured in every clip, and told in some: steps that differ between ranks must not make buffers differ.
+        every = self.details_every
+        told = every == 0 or self.steps % every == 0 or any(each.needs_per_tensor for each in passes_of(self.rule))
+        return engine.Moment(self._params.tensors, self.nonfinite, grad_scale, self.steps, loss, every > 0, told)
 
     def _grad_scale(self, plan: Plan, scaler: torch.amp.GradScaler | None) -> Tensor | None:
         """See ``Stepping.grad_scale``; where that raises, the others learn of it before."""

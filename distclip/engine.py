@@ -29,9 +29,9 @@ def settings_of(rule: Rule) -> str:
     return "; ".join(each.wants for each in passes_of(rule))
 
 
-def how_of(nonfinite: NonFinite, details: bool = False) -> str:
+def how_of(nonfinite: NonFinite) -> str:
     """What ranks must agree on in each clip besides the rule."""
-    return f", nonfinite={nonfinite}{', details' if details else ''}"
+    return f", nonfinite={nonfinite}"
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,20 @@ class Moment:
     """What the gradients were multiplied by (a loss scale), 0-d; the verdict is on those without it."""
     step: int = 0
     loss: Tensor | None = None
-    details: bool = False
-    """Whether the report is to hold the norm of every tensor, whatever the rule needs."""
+    measures_all: bool = False
+    """Whether the norm of every tensor is measured, whatever the rule needs."""
+    tells_all: bool = True
+    """Whether the report holds them, where they are measured."""
 
     @property
     def how(self) -> str:
         """What ranks must agree on in each clip besides the rule."""
-        return how_of(self.nonfinite, self.details)
+        return how_of(self.nonfinite)
 
     def passes(self, rule: Rule) -> list[Pass]:
         """The passes that the rule takes."""
         first, *others = passes_of(rule)
-        return [first.detailed() if self.details else first, *others]
+        return [first.detailed() if self.measures_all else first, *others]
 
 
 def clip(plan: Plan, rule: Rule, moment: Moment, foreach: bool | None = None) -> ClipReport:
@@ -107,6 +109,8 @@ def judge(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, moment:
     for wanted in passes:
         wanted.settle(skipped)
     report = report_of(plan, outcomes, found, skipped | found if moment.nonfinite == "skip" else skipped)
+    if not moment.tells_all:
+        report = replace(report, per_tensor=None)
     return Verdict(outcomes[0].norms.total, outcomes[-1].effect, report)
 
 

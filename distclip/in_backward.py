@@ -182,8 +182,8 @@ class InBackward:
             self._refuse_unhooked(ModuleParameters(params.modules, may_be_empty=True), params)
         if not math.isinf(self._rule.norm_type):
             self._sums.powers.mul_(self._plan.shares.to(self._wire))
-        details = clipper is not None and clipper._moment().details
-        wanted = self._wanted.detailed() if details else self._wanted
+        moment = None if clipper is None else clipper._moment()
+        wanted = self._wanted.detailed() if moment is not None and moment.measures_all else self._wanted
         norms = combined(self._plan, self._sums, wanted, self._plan.device, self._how)
         outcome = engine.outcome_of(self._plan, wanted, replace(norms, step=self._step()))
         finite = norms.finite
@@ -194,7 +194,8 @@ class InBackward:
             if self._previous:
                 effect = replace(outcome.effect, coefficient=self._carried.coefficient)
                 outcome = outcome._replace(decisions=[self._carried], effect=effect)
-            clipper._done(engine.report_of(self._plan, [outcome], ~finite, skipped))
+            report = engine.report_of(self._plan, [outcome], ~finite, skipped)
+            clipper._done(report if moment is None or moment.tells_all else replace(report, per_tensor=None))
         if self._previous:
             self._carried = _where(finite, decision, self._carried)
         self._backward = -1

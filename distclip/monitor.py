@@ -173,7 +173,12 @@ class Monitor:
         found = []
         for record in records:
             for alarm in list(self._alarms):
-                event = alarm.look(record)
+                try:
+                    event = alarm.look(record)
+                except Exception as error:  # whatever an alarm does, training goes on
+                    self._alarms.remove(alarm)
+                    warn(f"{type(alarm).__name__} failed and watches no more: {type(error).__name__}: {error}")
+                    continue
                 if event is not None:
                     self._alarms.remove(alarm)
                     found.append(event)

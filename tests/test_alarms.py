@@ -57,6 +57,17 @@ def test_all_is_well() -> None:
         assert first(alarm, run) is None, alarm
 
 
+def test_a_loss_scale_overflows_now_and_then() -> None:
+    def overflows(count: int) -> list[Record]:
+        metrics = {"grad_norm": math.inf, "nonfinite": 1.0, "skipped": 1.0}
+        return [*[Record(step, 0.0, metrics) for step in range(1, count + 1)], *records(noisy(50))]
+
+    assert first(NonFinite(), overflows(9)) is None
+    event = first(NonFinite(), overflows(10))
+    assert event is not None
+    assert event.step == 10
+
+
 @pytest.mark.parametrize(
     ("alarm", "run", "step", "message"),
     [

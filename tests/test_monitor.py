@@ -199,6 +199,34 @@ def test_names_of_all_stages() -> None:
     assert found == pytest.approx({"stage0.weight": 2**0.5, "stage1.weight": 8**0.5})
 
 
+@ranks(2)
+def test_ranks_at_different_steps_exchange_the_same() -> None:
+    model = nn.ModuleDict({f"stage{dist.get_rank()}": nn.Linear(2, 1, bias=False)})
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    clipper = GradClipper(model, math.inf, pipeline_group=dist.group.WORLD, details_every=2)
+    clipper.steps = dist.get_rank()  # as if one of them had not loaded its state
+    told = clipper.clip()
+    assert told.total_norm.item() == 2.0
+    assert (told.per_tensor is None) == (dist.get_rank() == 1)
+
+
+def test_an_alarm_that_fails_is_left_out_and_told() -> None:
+    class Broken(distclip.alarms.Alarm):
+        name = "broken"
+
+        def look(self, record: Record) -> Event | None:
+            raise ZeroDivisionError("division by zero")
+
+    model, clipper = setting()
+    sink = Kept()
+    monitor = Monitor(clipper, [sink], alarms=[Broken()])
+    clip_with(clipper, model, 1.0)
+    with pytest.warns(UserWarning, match="Broken failed and watches no more: ZeroDivisionError"):
+        monitor.close()
+    assert len(sink.records) == 1
+
+
 def test_a_sink_that_fails_is_left_out_and_told() -> None:
     class Full(Kept):
         def write(self, records: Sequence[Record]) -> None:

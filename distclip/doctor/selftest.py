@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -165,7 +166,11 @@ def _norm_under(layout: str) -> float:
     if layout in ZERO:
         return _norm_under_zero(int(layout[-1]))
     model, options = LAYOUTS[layout]()
-    return float(GradClipper(model, _MAX_NORM, check="never", **options).clip().total_norm)
+    norm = float(GradClipper(model, _MAX_NORM, check="never", **options).clip().total_norm)
+    clipped = float(GradClipper(model, math.inf, check="never", **options).clip().total_norm)
+    if abs(clipped - _MAX_NORM) > _TOLERANCE * _MAX_NORM:
+        raise ValueError(f"clipped to {_MAX_NORM}, gradients have a norm of {clipped:.6g}")
+    return norm
 
 
 def _norm_under_zero(stage: int) -> float:

@@ -14,7 +14,8 @@ class Wandb(Sink):
     """Weights & Biases; alarms as alerts.
 
     Steps are those of the clipper, on an axis ``<prefix>clip_step`` of their own: W&B drops what comes for a step that
-    is over, and the script may log by other steps.
+    is over, and the script may log by other steps. Each record moves W&B's own step on: a script that logs with
+    ``step=`` would fall behind it, and should leave that out.
 
     Args:
         run: a run that the script started. None: the current one (``wandb.run``), or a new one made of ``settings``,
