@@ -85,6 +85,7 @@ def test_a_tracker_of_accelerate(tmp_path: Path) -> None:
     assert not (tmp_path / "steps.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_settings_stops_all_ranks(tmp_path: Path) -> None:
     done = subprocess.run(
         command("multi_cpu", script=("--out", str(tmp_path))),
@@ -98,6 +99,7 @@ def test_a_mistake_in_the_settings_stops_all_ranks(tmp_path: Path) -> None:
     assert "did you mean 'global_norm'" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_machines(tmp_path: Path) -> None:
     """Two launchers that meet over the network, here over localhost."""
     with socket.socket() as free:

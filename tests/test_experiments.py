@@ -76,6 +76,7 @@ def test_regression(tmp_path: Path) -> None:
     assert "not finite from step" in output
 
 
+@pytest.mark.slow
 def test_digits(tmp_path: Path) -> None:
     runs, output = experiment("digits", tmp_path, "--epochs", "5")
     accuracy = {line.split()[0]: float(re.findall(r"score (\S+)", line)[0]) for line in output.splitlines()}

@@ -291,7 +291,8 @@ def test_mistakes() -> None:
     assert oracle.norm(training.grads()) == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_the_example(size: int, tmp_path: Path) -> None:
     done = start("--steps", "4", "--out", str(tmp_path), ranks=size, script="fabric_train.py")
     assert done.returncode == 0, done.stdout + done.stderr

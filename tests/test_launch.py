@@ -65,11 +65,13 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--rule", "globalnorm=1"), "did you mean 'global_norm'"),
-        (("--batch", "7", "--accumulate", "2"), "--batch 7 must be divisible"),
-        (("--model", "lstm", "--data", "text"), "--model lstm reads --data digits"),
-        (("--parallel", "everywhere"), "invalid choice: 'everywhere'"),
+        pytest.param(("--batch", "7", "--accumulate", "2"), "--batch 7 must be divisible", marks=pytest.mark.slow),
+        pytest.param(("--model", "lstm", "--data", "text"), "--model lstm reads --data digits", marks=pytest.mark.slow),
+        pytest.param(("--parallel", "everywhere"), "invalid choice: 'everywhere'", marks=pytest.mark.slow),
         (("--parallel", "pp", "--model", "lstm"), "--parallel pp"),
-        (("--model", "transformer", "--text", "/nowhere"), "/nowhere: no such file"),
+        pytest.param(
+            ("--model", "transformer", "--text", "/nowhere"), "/nowhere: no such file", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
@@ -115,8 +117,8 @@ def without_time(line: str) -> dict[str, object]:
     ("arguments", "message"),
     [
         (("--rules", "none", "globalnorm=1"), "did you mean 'global_norm'"),
-        (("--models", "gru"), "invalid choice: 'gru'"),
-        (("--steps", "0"), "--steps 0: expected 1 or more"),
+        pytest.param(("--models", "gru"), "invalid choice: 'gru'", marks=pytest.mark.slow),
+        pytest.param(("--steps", "0"), "--steps 0: expected 1 or more", marks=pytest.mark.slow),
     ],
 )
 def test_mistakes_in_comparing_rules(arguments: tuple[str, ...], message: str) -> None:

@@ -249,6 +249,7 @@ def test_one_node_by_deepspeed(tmp_path: Path) -> None:
 
 
 @needs_deepspeed
+@pytest.mark.slow
 def test_two_nodes_by_deepspeed(tmp_path: Path, who: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
