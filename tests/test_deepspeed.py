@@ -290,7 +290,7 @@ class Even(nn.Module):
 
 
 @ranks(2, 4, timeout=120)
-@pytest.mark.parametrize("rule", ["global", "norm"])
+@pytest.mark.parametrize("rule", [pytest.param("global", marks=pytest.mark.slow), "norm"])
 @pytest.mark.parametrize("offload", [False, True], ids=["kept", "offloaded"])
 def test_partitions_in_another_order_than_parameters(offload: bool, rule: str) -> None:
     """DeepSpeed's own debugging functions take them for another there: one process is what to compare with."""
@@ -455,7 +455,7 @@ def test_the_audit_finds_the_gradients(name: str) -> None:
 
 
 @ranks(2, timeout=120)
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
 def test_experts_count_once(stage: int) -> None:
     deepspeed = start_deepspeed()
     from deepspeed.moe.layer import MoE
@@ -497,7 +497,7 @@ def test_experts_count_once(stage: int) -> None:
 
 @ranks(2, timeout=120)
 @pytest.mark.parametrize("name", ["zero2-fp32", "zero3-fp32"])
-@pytest.mark.parametrize("check", ["first", "never"])
+@pytest.mark.parametrize("check", ["first", pytest.param("never", marks=pytest.mark.slow)])
 def test_a_rank_that_cannot_find_its_gradients_tells_the_others(name: str, check: Literal["first", "never"]) -> None:
     engine = make_engine(BY_NAME[name])
     clipper = GradClipper(engine, 0.5, check=check)

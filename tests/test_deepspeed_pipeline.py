@@ -304,7 +304,7 @@ def test_collectives_of_one_step() -> None:
 
 @ranks(2, timeout=120)
 @pytest.mark.parametrize("case", [BY_NAME["zero1-fp16"], BY_NAME["zero1-bf16"]], ids=str)
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_inf_on_one_stage_skips_the_step_on_all(case: Case, stage: int) -> None:
     engine = make_engine(case)
     clipper = GradClipper(engine, 0.5, nonfinite="propagate" if case.dtype == "fp16" else "skip")
@@ -339,7 +339,14 @@ def poison(engine: Any) -> Any:
 
 
 @ranks(2, timeout=120)
-@pytest.mark.parametrize("case", [BY_NAME["zero0-fp32"], BY_NAME["zero0-bf16"], BY_NAME["zero1-fp32"]], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        BY_NAME["zero0-bf16"],
+        *(pytest.param(BY_NAME[name], marks=pytest.mark.slow) for name in ("zero0-fp32", "zero1-fp32")),
+    ],
+    ids=str,
+)
 def test_a_rule_skips_the_step_on_all_stages(case: Case) -> None:
     engine = make_engine(case)
     clipper = GradClipper(engine, SkipAbove(1e-3))
