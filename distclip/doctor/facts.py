@@ -22,7 +22,7 @@ _PACKAGES = {
     "lightning": ("lightning", "lightning"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "wandb": ("wandb", "wandb"),
-    "mlflow": ("mlflow", "mlflow"),
+    "mlflow": ("mlflow-skinny", "mlflow"),  # which the whole package is built on
     "triton": ("triton", ""),
 }
 
