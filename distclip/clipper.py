@@ -31,6 +31,7 @@ from distclip.report import ClipReport
 from distclip.rules.base import Rule
 from distclip.rules.compose import as_rule
 from distclip.rules.stages import passes_of
+from distclip.rules.thresholds import checked_every
 from distclip.step import Stepping
 from distclip.warning import warn
 
@@ -110,7 +111,7 @@ class GradClipper:
         """What the last ``clip()`` did."""
         self.steps = 0
         """Number of clips so far."""
-        self.details_every = _checked_details(details_every)
+        self.details_every = checked_every("details_every", details_every, 0)
         """In every so many clips the report holds the norm of each tensor; 0 for none. The same on every rank."""
         self._nonfinite_steps: Tensor | int = 0
         self._report_hooks: OrderedDict[int, ReportHook] = OrderedDict()
@@ -430,12 +431,6 @@ class GradClipper:
         missing = (param.grad is None for param in self._params.tensors if param.requires_grad and param.numel())
         if next(missing, False) and all(missing):
             warn("clip() found no gradient on this rank: call it after backward() and before zero_grad().")
-
-
-def _checked_details(every: int) -> int:
-    if not isinstance(every, int) or isinstance(every, bool) or every < 0:
-        raise ValueError(f"details_every must be a whole number from 0 on, got {every!r}")
-    return every
 
 
 def _as_scalar(loss: Tensor | float | None) -> Tensor | None:

@@ -187,7 +187,11 @@ class ClipConfig:
         return {item.name: KINDS[item.name].write(getattr(self, item.name)) for item in fields(self)}
 
 
-def as_config(clip: ClipConfig | float | str | Rule | Sequence[Any] | Mapping[str, Any] | None) -> ClipConfig:
+Clip = ClipConfig | float | str | Rule | Sequence[Any] | Mapping[str, Any]
+"""Settings, or only a rule, as integrations take them."""
+
+
+def as_config(clip: Clip | None) -> ClipConfig:
     """What a user handed to an integration: a ClipConfig, or only a rule, or None to read file and environment."""
     if isinstance(clip, ClipConfig):
         return clip

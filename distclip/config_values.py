@@ -13,6 +13,7 @@ from distclip.engine import NONFINITE
 from distclip.rules.base import Rule
 from distclip.rules.compose import Chain, PerGroup, as_rule
 from distclip.rules.text import parse
+from distclip.rules.thresholds import checked_every
 
 
 def _same(name: str, text: str) -> Any:
@@ -129,12 +130,6 @@ def _read_axes(name: str, text: str) -> dict[str, str]:
     return {pattern.strip(): axis.strip() for pattern, _, axis in pairs}
 
 
-def _check_count(least: int, name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
-    return value
-
-
 def _read_count(name: str, text: str) -> int:
     try:
         return int(text)
@@ -154,6 +149,10 @@ def _check_text(name: str, value: Any) -> str:
     return value
 
 
+def _every(least: int) -> Callable[[str, Any], int]:
+    return partial(checked_every, least=least)
+
+
 _AXES = partial(Kind, check=_check_axes, read=_read_axes)
 KINDS: dict[str, Kind] = {
     "rule": Kind("a number, or a rule such as zclip or 'skip_above=9 | norm=1'", _check_rule, write=_write_rule),
@@ -163,8 +162,8 @@ KINDS: dict[str, Kind] = {
     "pipeline_group": Kind("mesh axis of the pipeline's stages, or none", _check_axis, _read_optional),
     "sharded": _AXES("plain parameters that differ from rank to rank: 'experts.*=ep'"),
     "replicated": _AXES("parameters that pipeline stages share: 'embed.*=pp'"),
-    "details_every": Kind("measure each tensor every so many steps, 0: never", partial(_check_count, 0), _read_count),
+    "details_every": Kind("tell of each tensor every so many steps, 0: never", _every(0), _read_count),
     "log": Kind("a file for the run's log, in JSON lines: FILE.jsonl, or none", _check_log, _read_optional),
-    "log_every": Kind("log every so many steps", partial(_check_count, 1), _read_count),
+    "log_every": Kind("log every so many steps", _every(1), _read_count),
     "log_prefix": Kind("what names of metrics begin with", _check_text),
 }

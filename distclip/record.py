@@ -6,9 +6,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Level = Literal["warning", "note"]
 RESERVED = frozenset({"kind", "step", "time", "per_tensor"})
 """What a record's line in a file holds besides metrics."""
 
@@ -30,6 +29,10 @@ class Record:
     def norm(self) -> float:
         """The global norm before clipping; NaN where nobody knows."""
         return self.metrics.get("grad_norm", math.nan)
+
+    def prefixed(self, prefix: str) -> dict[str, float]:
+        """The metrics as trackers show them: ``train/grad_norm``."""
+        return {prefix + name: value for name, value in self.metrics.items()}
 
     def is_set(self, flag: str) -> bool:
         """Whether ``clipped``, ``skipped`` or ``nonfinite`` is."""

@@ -61,11 +61,17 @@ def _gpus() -> list[str]:
     return [f"{each.name}, {each.total_memory / 2**30:.0f} GiB" for each in every]
 
 
+def installed(module: str) -> bool:
+    """Whether there is a package of this name; imports nothing."""
+    spec = importlib.util.find_spec(module)
+    # Without an origin: a folder of that name, such as W&B leaves where it logs.
+    return spec is not None and spec.origin is not None
+
+
 def _version(module: str, package: str) -> str | None:
     """None where it is not installed. Imports nothing: some of these take long."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return None  # without an origin: a folder of that name, such as W&B leaves where it logs
+    if not installed(module):
+        return None
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -25,6 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from distclip.doctor.facts import installed
 
 _RANKS = 2
 # A rank that waits for one which has failed gives up after so many seconds; the whole test after the other number.
@@ -52,7 +53,7 @@ def self_test(deepspeed: bool | None = None) -> list[Outcome]:
         deepspeed: whether to test ZeRO as well; None: where DeepSpeed is installed.
     """
     wanted = list(LAYOUTS)
-    if importlib.util.find_spec("deepspeed") is not None if deepspeed is None else deepspeed:
+    if installed("deepspeed") if deepspeed is None else deepspeed:
         wanted += ZERO
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "outcomes.jsonl"

@@ -8,7 +8,7 @@ there a GradClipper acts inside the engine, whose rule must be known before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from distclip import amp, engine
 from distclip.cache import plan_for
 from distclip.clipper import GradClipper
-from distclip.config import ClipConfig, as_config
+from distclip.config import Clip, ClipConfig, as_config
 from distclip.functional import clip_grad_value_
 from distclip.hints import optional
 from distclip.integrations.deepspeed import configured_norm
@@ -34,8 +34,6 @@ from distclip.rules.value import ClipByValue
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-Clip = ClipConfig | float | str | Rule | Sequence[Any] | Mapping[str, Any]
 
 _INSTALLED = "_distclip_installed"
 

@@ -5,7 +5,6 @@ Fabric leaves the loop to the user, who says in it where to clip. So the line st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from distclip.clipper import GradClipper
-from distclip.config import ClipConfig, as_config
+from distclip.config import Clip, ClipConfig, as_config
 from distclip.integrations.parts import config_of_part, follow_optimizers, part_of
 from distclip.layout.zero import is_engine
 from distclip.optimizers import as_optimizers
-from distclip.rules.base import Rule
 from distclip.warning import warn
 
 # Under these names modules stand inside torch.compile's and Fabric's wrappers.
@@ -27,7 +25,7 @@ _WRAPPED = ("_orig_mod", "_forward_module")
 
 def install(
     fabric: Any,
-    clip: ClipConfig | float | str | Rule | Sequence[Any] | Mapping[str, Any] | None = None,
+    clip: Clip | None = None,
     *,
     mesh: DeviceMesh | None = None,
 ) -> FabricClip:

@@ -21,7 +21,6 @@ one can scale them; Lightning itself refuses to clip there.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,12 +29,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from distclip.clipper import GradClipper
-from distclip.config import ClipConfig, as_config
+from distclip.config import Clip, as_config
 from distclip.hints import optional
 from distclip.integrations.parts import config_of_part, follow_optimizers, part_of
 from distclip.layout.zero import is_engine
 from distclip.optimizers import as_optimizers, parameters_of
-from distclip.rules.base import Rule
 from distclip.warning import warn
 
 if TYPE_CHECKING:
@@ -80,7 +78,7 @@ class ClipCallback(Callback):
 
     def __init__(
         self,
-        clip: ClipConfig | float | str | Rule | Sequence[Any] | Mapping[str, Any] | None = None,
+        clip: Clip | None = None,
         *,
         mesh: DeviceMesh | None = None,
     ) -> None:

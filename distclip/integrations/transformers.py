@@ -25,7 +25,7 @@ by itself) is noticed at the end of its first step, and an error.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip.clipper import GradClipper
-from distclip.config import ClipConfig, as_config
+from distclip.config import Clip, ClipConfig, as_config
 from distclip.hints import optional
 from distclip.layout.zero import is_engine
-from distclip.rules.base import Rule
 from distclip.warning import warn
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ _REFUSED = ("MEGATRON_LM", "XLA")
 
 def install(
     trainer: Trainer,
-    clip: ClipConfig | float | str | Rule | Sequence[Any] | Mapping[str, Any] | None = None,
+    clip: Clip | None = None,
     *,
     mesh: DeviceMesh | None = None,
 ) -> TrainerHooks:

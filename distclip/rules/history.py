@@ -189,7 +189,9 @@ class ZClip(StatefulRule):
         state, total = self.recall(norms), norms.total
         seen, mean, variance = state["seen"], state["mean"], state["variance"]
         warm = seen >= self.warmup_steps
-        limit = self._limit(total, mean, variance, threshold_at("z_thresh", self.z_thresh, norms.step))
+        sigma = variance.sqrt()
+        z = (total - mean) / (sigma + self.eps)
+        limit = self._limit(total, mean, sigma, z, threshold_at("z_thresh", self.z_thresh, norms.step))
         spike = warm & ~limit.isnan()
         taken = torch.where(spike, limit, total)
         # Both ways of counting x in; the first is the mean and variance of all norms so far.
@@ -207,19 +209,16 @@ class ZClip(StatefulRule):
         threshold = torch.where(spike, limit, math.inf).clamp(max=max_norm)
         # Only what is above is touched: in the package a norm of c itself is scaled by c / (c + 1e-6).
         coefficient = torch.where(total <= threshold, 1.0, coefficient_within(threshold, norms))
-        sigma = variance.sqrt()
-        quantities = {"zscore": torch.where(warm, (total - mean) / (sigma + self.eps), 0.0), "mean": mean, "std": sigma}
+        quantities = {"zscore": torch.where(warm, z, 0.0), "mean": mean, "std": sigma}
         return Decision(coefficient, threshold, quantities=quantities)
 
-    def _limit(self, total: Tensor, mean: Tensor, variance: Tensor, z_thresh: float) -> Tensor:
+    def _limit(self, total: Tensor, mean: Tensor, sigma: Tensor, z: Tensor, z_thresh: float) -> Tensor:
         """c for a spike; NaN for what is none."""
-        sigma = variance.sqrt()
         if math.isinf(z_thresh):
             return torch.full_like(total, math.nan)
         if self.mode == "percentile":
             limit = mean + z_thresh * sigma
             return torch.where(total > limit, limit, math.nan)
-        z = (total - mean) / (sigma + self.eps)
         # z_thresh * sigma / (z / z_thresh), without a division by a threshold of 0.
         limit = mean if self.clip_option == "mean" else (mean + z_thresh**2 * sigma / z) * self.clip_factor
         return torch.where(z > z_thresh, limit, math.nan)

@@ -12,6 +12,9 @@ from distclip.rules.base import Decision, Norms, Rule, full
 from distclip.rules.state import EMPTY, State, StatefulRule, pushed, window_state
 from distclip.rules.thresholds import Threshold, checked_count, checked_threshold, threshold_at
 
+Moments = tuple[Tensor, Tensor, Tensor]
+"""Number, mean and standard deviation (unbiased)."""
+
 
 @dataclass
 class SkipAbove(Rule):
@@ -78,29 +81,30 @@ class SkipOnSpike(StatefulRule):
 
     def decide(self, norms: Norms) -> Decision:
         state, sigma = self.recall(norms), threshold_at("sigma", self.sigma, norms.step)
-        limit = self._limit(state, "norms", sigma)
+        moments = self._moments(state["norms"])
+        limit = self._limit(moments, sigma)
         skip = self._beyond(norms.total, limit)
         new = self._with(state, "norms", norms.total)
         if norms.loss is not None:
             given = ~norms.loss.isnan()
-            skip = skip | (given & self._beyond(norms.loss, self._limit(state, "losses", sigma)))
+            skip = skip | (given & self._beyond(norms.loss, self._limit(self._moments(state["losses"]), sigma)))
             new |= self._with(state, "losses", norms.loss)
         self.learn(**new)
-        return Decision(None, limit, skip, quantities={"zscore": self._zscore(state, norms.total)})
+        return Decision(None, limit, skip, quantities={"zscore": self._zscore(moments, norms.total)})
 
-    def _limit(self, state: State, what: str, sigma: float) -> Tensor:
+    def _limit(self, moments: Moments, sigma: float) -> Tensor:
         """What is a spike: above this. inf as long as the history is too short."""
-        count, mean, deviation = self._moments(state[what])
+        count, mean, deviation = moments
         spread = deviation * sigma if math.isfinite(sigma) else torch.full_like(mean, math.inf)
         return torch.where(count >= self.min_history, mean + spread, math.inf)
 
-    def _zscore(self, state: State, value: Tensor) -> Tensor:
+    def _zscore(self, moments: Moments, value: Tensor) -> Tensor:
         """How many standard deviations the norm is from the mean; 0 as long as the history is too short."""
-        count, mean, deviation = self._moments(state["norms"])
+        count, mean, deviation = moments
         return torch.where((count >= self.min_history) & (deviation > 0), (value - mean) / deviation, 0.0)
 
-    def _moments(self, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Number, mean and standard deviation (unbiased) of what a window holds."""
+    def _moments(self, window: Tensor) -> Moments:
+        """Of what a window holds."""
         known = window != EMPTY
         count = known.sum()
         mean = torch.where(known, window, 0.0).sum() / count

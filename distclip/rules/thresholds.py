@@ -52,6 +52,17 @@ def checked_decay(name: str, value: float) -> float:
     raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
 
 
+def checked_every(name: str, value: Any, least: int) -> int:
+    """``value`` as every how many steps; unlike ``checked_count`` takes no floats.
+
+    Raises:
+        ValueError: it is no int, or below ``least``.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
+    return value
+
+
 def checked_count(name: str, value: int, least: int = 1) -> int:
     """``value`` as a number of steps.
 

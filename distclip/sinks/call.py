@@ -21,4 +21,4 @@ class Call(Sink):
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:
-            self._function(record.step, {self._prefix + name: value for name, value in record.metrics.items()})
+            self._function(record.step, record.prefixed(self._prefix))

@@ -38,8 +38,8 @@ class TensorBoard(Sink):
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:
-            for name, value in record.metrics.items():
-                self._writer.add_scalar(self._prefix + name, value, record.step, record.time)
+            for name, value in record.prefixed(self._prefix).items():
+                self._writer.add_scalar(name, value, record.step, record.time)
             if record.per_tensor:
                 self._histogram("tensor_norms_log10", list(record.per_tensor.values()), record.step)
         self._histogram("grad_norm_log10", [record.norm for record in records], records[-1].step)

@@ -42,8 +42,7 @@ class Wandb(Sink):
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:
-            values = {self._prefix + name: value for name, value in record.metrics.items()}
-            self._run.log(values | {f"{self._prefix}clip_step": record.step})
+            self._run.log(record.prefixed(self._prefix) | {f"{self._prefix}clip_step": record.step})
 
     def event(self, event: Event) -> None:
         self._run.alert(title=f"distclip: {event.alarm}", text=f"step {event.step}: {event.message}")
@@ -86,9 +85,9 @@ class MLflow(Sink):
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(self._prefix + name, value, int(record.time * 1000), record.step)
+            Metric(name, value, int(record.time * 1000), record.step)
             for record in records
-            for name, value in record.metrics.items()
+            for name, value in record.prefixed(self._prefix).items()
         ]
         # The most that a server takes at once.
         for first in range(0, len(metrics), 1000):
@@ -118,5 +117,4 @@ class Tracker(Sink):
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:
-            values = {self._prefix + name: value for name, value in record.metrics.items()}
-            self._target.log(values, step=record.step)
+            self._target.log(record.prefixed(self._prefix), step=record.step)
