@@ -66,6 +66,8 @@ def main() -> None:
     )
     install(trainer, options.rule)  # this line is distclip's
     trainer.train(resume_from_checkpoint=options.resume)
+    # A process group that is still there when Python ends can take the process down.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
