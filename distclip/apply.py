@@ -104,7 +104,7 @@ def _of_this_rank(plan: Plan, coefficient: Tensor | None) -> Tensor | None:
     """Of one coefficient for each tensor of the job, those for this rank's."""
     if coefficient is None or coefficient.ndim == 0:
         return coefficient
-    return coefficient[plan.slots.to(coefficient.device)]
+    return coefficient[plan.slots_on(coefficient.device)]
 
 
 def scale_(grads: dict[torch.device, LocalGrads], coefficient: Tensor | None, foreach: bool | None = None) -> None:
@@ -120,9 +120,9 @@ def scale_(grads: dict[torch.device, LocalGrads], coefficient: Tensor | None, fo
         return
     for device, local in grads.items():
         factors = coefficient.to(device)
-        kernels_for(device).scale_(
-            local.pieces, factors if factors.ndim == 0 else factors[local.places], chosen[device]
-        )
+        if factors.ndim and len(local.places) < len(factors):
+            factors = factors[local.places]
+        kernels_for(device).scale_(local.pieces, factors, chosen[device])
 
 
 def clamp_(grads: dict[torch.device, LocalGrads], bounds: Bounds, foreach: bool | None = None) -> None:

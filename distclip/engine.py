@@ -218,7 +218,7 @@ def report_of(plan: Plan, outcomes: Sequence[Outcome], found: Tensor, skipped: T
     if norms.per_tensor is not None:
         everywhere = plan.described is not None
         names = plan.described.names if plan.described is not None else plan.tensors
-        here = norms.per_tensor if everywhere else norms.per_tensor[plan.slots.to(norms.per_tensor.device)]
+        here = norms.per_tensor if everywhere else norms.per_tensor[plan.slots_on(norms.per_tensor.device)]
         per_tensor = dict(zip(names, here.unbind(), strict=True))
     # A rule that only skips holds nothing to its threshold, unless it is alone.
     told = [decision for each in outcomes for decision in each.decisions]

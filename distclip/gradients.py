@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ class LocalGrads:
     """For each piece, which rows of its tensor are in it; None where all are, it is flat, or nobody asks for rows."""
     riding: dict[int, Tensor] = field(default_factory=dict)
     """Parts of Partial gradients by the place of their tensor; they are among the pieces too, to be scaled."""
+
+    def whole(self) -> tuple[list[Tensor], list[int]]:
+        """The pieces without those parts, and their places."""
+        if not self.riding:
+            return self.pieces, self.places
+        kept = [index for index, place in enumerate(self.places) if place not in self.riding]
+        return [self.pieces[index] for index in kept], [self.places[index] for index in kept]
 
 
 def local_grads(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, LocalGrads]:
@@ -54,6 +62,10 @@ def found(
         others: by place of the parameter, what stands for a gradient that this rank has not.
         only: places of the parameters to look at; None for all.
     """
+    if plan.straight and only is None and not others:
+        usual = _at_once(params)
+        if usual is not None:
+            return usual
     result: dict[torch.device, LocalGrads] = defaultdict(LocalGrads)
     place = 0
     for index, (name, layout, param) in enumerate(zip(plan.names, plan.layouts, params, strict=True)):
@@ -73,6 +85,33 @@ def found(
                     grads.sparse.append(name)
         place += len(layout.pieces)
     return result
+
+
+def _at_once(params: Sequence[Tensor]) -> dict[torch.device, LocalGrads] | None:
+    """As ``found``, for a straight plan, in few looks at each gradient; None where any is not of the usual kind."""
+    grads = [param.grad for param in params]
+    held = [grad for grad in grads if grad is not None]
+    if not held:
+        return {}
+    if set(map(type, held)) != {Tensor}:
+        owners = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+        if not all(map(_placed_alike, owners, held)):
+            return None
+        held = [grad._local_tensor for grad in held]  # type: ignore[attr-defined]
+    devices = set(map(attrgetter("device"), held))
+    if len(devices) > 1 or set(map(attrgetter("layout"), held)) != {torch.strided}:
+        return None
+    places = list(range(len(params)))
+    if len(held) < len(grads):
+        places = [place for place, grad in enumerate(grads) if grad is not None]
+    if not all(map(Tensor.numel, held)):
+        kept = [index for index, grad in enumerate(held) if grad.numel()]
+        held, places = [held[index] for index in kept], [places[index] for index in kept]
+    return {devices.pop(): LocalGrads(held, places, rows=[None] * len(held))} if held else {}
+
+
+def _placed_alike(param: Tensor, grad: Tensor) -> bool:
+    return is_dtensor(param) and is_dtensor(grad) and param.placements == grad.placements
 
 
 def weights(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, LocalGrads]:

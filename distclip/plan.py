@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from distclip.rules.tensors import Tensors
 
 # Partial gradients of up to so many elements are summed in the norm's own all-reduce.
 _RIDES = 1 << 17
+# Sets of gradients whose index is remembered.
+_INDICES_KEPT = 16
 
 
 @dataclass(eq=False)
@@ -75,6 +78,47 @@ class Plan:
     """Of all declarations, when these were looked at last."""
     rows: dict[tuple[int, object], Tensor | None] = field(default_factory=dict)
     """By place and placements of a DTensor parameter or gradient, which rows this rank has; filled as they are seen."""
+
+    _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def straight(self) -> bool:
+        """Whether every gradient is, or its DTensor holds, one dense tensor that stands for the whole parameter."""
+        return not (self.by_rows or self.riding) and all(
+            layout.local is None and layout.as_parameter and len(layout.pieces) == 1 and layout.pieces[0].span is None
+            for layout in self.layouts
+        )
+
+    @cached_property
+    def share_of(self) -> tuple[float, ...]:
+        """``shares`` as numbers."""
+        return tuple(self.shares.tolist())
+
+    def slots_on(self, device: torch.device) -> Tensor:
+        """``slots``, copied to a device once."""
+        return self._copy("slots", device)
+
+    def shares_on(self, device: torch.device) -> Tensor:
+        """``shares``, copied to a device once."""
+        return self._copy("shares", device)
+
+    def _copy(self, name: str, device: torch.device) -> Tensor:
+        if (name, device) not in self._copies:
+            self._copies[name, device] = getattr(self, name).to(device)
+        return self._copies[name, device]
+
+    def index(self, places: Sequence[int], device: torch.device) -> Tensor | slice:
+        """An index of the tensors at ascending ``places``; copied to a device once, because a copy waits for it."""
+        if len(places) == len(self.tensors):
+            return slice(None)
+        key = (tuple(places), device)
+        if key not in self._indices:
+            # Which gradients exist may differ from step to step without end.
+            if len(self._indices) >= _INDICES_KEPT:
+                self._indices.clear()
+            self._indices[key] = torch.tensor(key[0], dtype=torch.int64, device=device)
+        return self._indices[key]
 
     def limit_of(self, place: int, limits: Limits) -> Bounds | None:
         """What the elements of a tensor of this rank are limited to; None for nothing."""

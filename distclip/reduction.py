@@ -9,7 +9,10 @@ included (which MAX loses on some backends).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -82,7 +85,8 @@ class LocalSums(NamedTuple):
     """What one rank has to say in the all-reduce; float64."""
 
     powers: Tensor
-    """Its share of each tensor's ``sum(|g|**p)`` (for the inf-norm: ``max(|g|)``), shape ``(tensors,)``."""
+    """Its share of each tensor's ``sum(|g|**p)`` (for the inf-norm: ``max(|g|)``), shape ``(tensors,)``; of all
+    together, shape ``(1,)``, where single tensors are not asked for."""
     range_flags: Tensor
     """How many of these sums left float64, see ``_range_flags``; shape ``(3,)``."""
     extremes: Tensor | None = None
@@ -100,7 +104,7 @@ def local_sums(
 ) -> LocalSums:
     """Read this rank's gradients, once for each kind of statistic; the sums lie on ``wire``. Never communicates."""
     return LocalSums(
-        *_powers(plan, grads, wanted.norm_type, wire),
+        *_powers(plan, grads, wanted, wire),
         extremes=_extremes(grads, wire) if wanted.limits_elements and not wanted.needs_extremes else None,
         others=_others(plan, grads, wanted, wire, seen or Seen()),
         per_tensor_extremes=extremes_of(plan, grads, wire) if wanted.needs_extremes else None,
@@ -137,13 +141,13 @@ def combined(
     """The norms, on ``device``, of what all participants summed. Collective; arguments and errors: see ``measure``."""
     p, group, powers = wanted.norm_type, plan.participants.group, local.powers
     wire = powers.device
-    header = _header(wanted.signature + how, trouble).to(wire)
+    header = _header(wanted.signature + how, trouble is StalePlan, trouble is Failure, wire)
     sums = {"header": header, "range_flags": local.range_flags, **local.others}
     maxima: dict[str, Tensor] = {}
     chosen = maxima if math.isinf(p) else sums
     chosen["total"] = _total(powers, p)
     if wanted.needs_per_tensor:
-        chosen["per_tensor"] = powers.new_zeros(plan.slot_count).index_add_(0, plan.slots.to(wire), powers)
+        chosen["per_tensor"] = powers.new_zeros(plan.slot_count).index_add_(0, plan.slots_on(wire), powers)
     if local.extremes is not None:
         maxima["extremes"] = local.extremes
     if local.per_tensor_extremes is not None:
@@ -196,14 +200,15 @@ def forewarn(plan: Plan, wanted: Pass, how: str = "", trouble: type[Exception] |
     """Exchange the header alone, before collectives that a rank in trouble will not come to. Raises as ``measure``."""
     group = plan.participants.group
     if group is not None and plan.wire is not None and plan.wire.type == "cpu":
-        header = _header(wanted.signature + how, trouble)
+        header = _header(wanted.signature + how, trouble is StalePlan, trouble is Failure, plan.wire).clone()
         dist.all_reduce(header, group=group)
         _check_header(plan, group, wanted.signature + how, header)
 
 
-def _header(text: str, trouble: type[Exception] | None) -> Tensor:
+@lru_cache(maxsize=64)  # a copy to an accelerator waits for it
+def _header(text: str, stale: bool, failed: bool, wire: torch.device) -> Tensor:
     """Number of ranks with a stale plan, of ranks that failed, and a number for the text by which ranks clip."""
-    return torch.tensor([trouble is StalePlan, trouble is Failure, _signature(text)], dtype=torch.float64)
+    return torch.tensor([stale, failed, _signature(text)], dtype=torch.float64, device=wire)
 
 
 def _signature(text: str) -> int:
@@ -224,24 +229,42 @@ def _check_header(plan: Plan, group: dist.ProcessGroup, text: str, header: Tenso
         raise RuntimeError(f"the ranks that clip together disagree on the rule:{told}\nNo gradient was changed.")
 
 
-def _powers(plan: Plan, grads: dict[torch.device, LocalGrads], p: float, wire: torch.device) -> tuple[Tensor, Tensor]:
-    """This rank's share of each tensor's ``sum(|g|**p)`` (for the inf-norm: ``max(|g|)``), and flags on their range."""
-    powers = torch.zeros(len(plan.tensors), dtype=torch.float64, device=wire)
+def _powers(
+    plan: Plan, grads: dict[torch.device, LocalGrads], wanted: Pass, wire: torch.device
+) -> tuple[Tensor, Tensor]:
+    """See ``LocalSums``: the powers, and flags on their range."""
+    p = wanted.norm_type
+    one_by_one = wanted.needs_per_tensor or any(_may_leave_float64(p, local.pieces) for local in grads.values())
+    powers = torch.zeros(len(plan.tensors) if one_by_one else 1, dtype=torch.float64, device=wire)
     flags = torch.zeros(3, dtype=torch.float64, device=wire)
     for device, local in grads.items():
-        pieces, places = local.pieces, local.places
-        if local.riding:
-            whole = [index for index, place in enumerate(places) if place not in local.riding]
-            pieces, places = [pieces[index] for index in whole], [places[index] for index in whole]
+        pieces, places = local.whole()
         if not pieces:
             continue
-        kernels = kernels_for(device)
-        local_powers = kernels.power_sums(pieces, p)
-        powers[places] = local_powers.to(wire)
+        if not one_by_one:
+            for share, group in _by_share(plan, pieces, places):
+                power = kernels_for(device).total_power(group, p).to(wire)
+                powers = torch.maximum(powers, power) if math.isinf(p) else powers.add_(power, alpha=share)
+            continue
+        local_powers = kernels_for(device).power_sums(pieces, p)
+        powers[plan.index(places, wire)] = local_powers.to(wire)
         if _may_leave_float64(p, pieces):
-            largest = kernels.power_sums(pieces, math.inf)
+            largest = kernels_for(device).power_sums(pieces, math.inf)
             flags += _range_flags(local_powers, largest, p).to(wire)
-    return powers if math.isinf(p) else powers.mul_(plan.shares.to(wire)), flags
+    if one_by_one and not math.isinf(p):
+        powers.mul_(plan.shares_on(wire))
+    return powers, flags
+
+
+def _by_share(plan: Plan, pieces: list[Tensor], places: list[int]) -> Iterable[tuple[float, list[Tensor]]]:
+    """Pieces that count alike."""
+    shares = plan.share_of
+    if len(set(shares)) == 1:
+        return [(shares[0], pieces)]
+    groups: dict[float, list[Tensor]] = defaultdict(list)
+    for piece, place in zip(pieces, places, strict=True):
+        groups[shares[place]].append(piece)
+    return groups.items()
 
 
 def _parts(plan: Plan, grads: dict[torch.device, LocalGrads], wire: torch.device) -> Tensor:
@@ -265,7 +288,8 @@ def _add_riding(plan: Plan, reduced: dict[str, Tensor], p: float) -> None:
     total = torch.cat((reduced["total"], powers))
     reduced["total"] = _total(total, p)
     if "per_tensor" in reduced:
-        reduced["per_tensor"][plan.slots[list(plan.riding)].to(powers.device)] = powers
+        slots = plan.slots_on(powers.device)
+        reduced["per_tensor"][slots[plan.index(list(plan.riding), powers.device)]] = powers
 
 
 def _total(powers: Tensor, p: float) -> Tensor:
@@ -301,7 +325,7 @@ def _all_reduce(participants: Participants, sums: dict[str, Tensor], maxima: dic
 def _may_leave_float64(p: float, pieces: list[Tensor]) -> bool:
     if math.isinf(p):
         return False
-    return not _SAFE_P[0] <= p <= _SAFE_P[1] or any(piece.dtype in WIDE for piece in pieces)
+    return not _SAFE_P[0] <= p <= _SAFE_P[1] or not WIDE.isdisjoint(map(attrgetter("dtype"), pieces))
 
 
 def _range_flags(powers: Tensor, largest: Tensor, p: float) -> Tensor:

@@ -17,10 +17,10 @@ from distclip.rows import Rows, rows_of, squares
 def extremes_of(plan: Plan, grads: dict[torch.device, LocalGrads], wire: torch.device) -> Tensor:
     """The largest of -g and of g in this rank's part of each tensor of the job, shape ``(tensors, 2)``."""
     ends = torch.full((plan.slot_count, 2), -math.inf, dtype=torch.float64, device=wire)
-    slots = plan.slots.to(wire)
+    slots = plan.slots_on(wire)
     for device, local in grads.items():
         # Each tensor has one piece on a rank.
-        ends[slots[local.places]] = kernels_for(device).extremes(local.pieces).to(wire)
+        ends[slots[plan.index(local.places, wire)]] = kernels_for(device).extremes(local.pieces).to(wire)
     return ends
 
 

@@ -1,7 +1,7 @@
 """The reads and writes of gradients, one file per kind of device.
 
-Each module has the same four functions, all on dense local tensors of one device, mixed dtypes allowed, none empty:
-``power_sums``, ``extremes``, ``scale_`` and ``clamp_``.
+Each module has the same five functions, all on dense local tensors of one device, mixed dtypes allowed, none empty:
+``power_sums``, ``total_power``, ``extremes``, ``scale_`` and ``clamp_``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ class Kernels(Protocol):
 
     def power_sums(self, tensors: list[Tensor], p: float) -> Tensor:
         """Sum of ``|x|**p`` over each tensor, for ``p = inf`` the largest ``|x|``; float64, shape ``(n,)``."""
+
+    def total_power(self, tensors: list[Tensor], p: float) -> Tensor:
+        """All of these summed up, for ``p = inf`` the largest of them; float64, 0-d."""
 
     def extremes(self, tensors: list[Tensor]) -> Tensor:
         """Largest of ``-x`` and of ``x`` in each tensor (complex: of ``|x|``), float64, shape ``(n, 2)``; NaN where

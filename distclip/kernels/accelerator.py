@@ -26,6 +26,11 @@ def power_sums(tensors: list[Tensor], p: float) -> Tensor:
     return sums
 
 
+def total_power(tensors: list[Tensor], p: float) -> Tensor:
+    sums = power_sums(tensors, p)
+    return sums.amax() if p == float("inf") else sums.sum()
+
+
 def extremes(tensors: list[Tensor]) -> Tensor:
     ends = [torch.stack(torch.aminmax(modulus(tensor))).double() for tensor in tensors]
     return torch.stack(ends) * torch.tensor([-1.0, 1.0], device=ends[0].device)

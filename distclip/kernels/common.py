@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 WIDE = frozenset({torch.float64, torch.complex128})
+_DTYPE = attrgetter("dtype")
 
 
 def by_dtype(tensors: Iterable[Tensor]) -> Iterator[tuple[torch.dtype, list[int]]]:
     """The places of the tensors of each dtype: foreach kernels take one dtype at a time."""
+    dtypes = list(map(_DTYPE, tensors))
+    if len(set(dtypes)) == 1:
+        return iter([(dtypes[0], list(range(len(dtypes))))])
     places: dict[torch.dtype, list[int]] = defaultdict(list)
-    for place, tensor in enumerate(tensors):
-        places[tensor.dtype].append(place)
+    for place, dtype in enumerate(dtypes):
+        places[dtype].append(place)
     return iter(places.items())
 
 

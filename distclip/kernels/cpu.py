@@ -1,73 +1,167 @@
 """Gradients in main memory.
 
 Here a result can be looked at without waiting for a device, so the fast way is tried first and its result judged: sums
-of squares in float32 over short rows (which runs at the speed of a plain read and errs by 1e-8), and again in float64
-where float32's range did not hold. ``torch._foreach_norm`` sums a whole tensor in float32: 1e-5 off for a million
-elements, and inf or 0 outside 1e-19 to 1e19.
+of squares in float32 over short rows (which runs at the speed of a plain read and errs by less than 1e-6), and again in
+float64 where float32's range did not hold. ``torch._foreach_norm`` sums a whole tensor in float32: 1e-5 off for a
+million elements, and inf or 0 outside 1e-19 to 1e19. Starting an operation costs more than summing a small tensor, so
+small ones are joined, in blocks that stay below a hundredth of the gradients' memory.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from distclip.kernels.common import WIDE, by_dtype, flat, modulus, real
 
 # Elements summed in float32 before float64 takes over: longer rows of equal values round to one side by over 1e-6.
-_ROW = 512
-# Up to this length a tensor is cheaper to sum in float64 than to cut into rows.
+# (Those of bf16 and fp16 are summed about their mean, which holds longer.)
+_ROW, _LOW_ROW = 512, 1024
+# Up to this length a tensor is cheaper to join with others than to look at by itself.
 _SHORT = 16 * _ROW
-# Elements converted to a wider dtype at a time: what bounds the extra memory.
-_BLOCK = 512 * _ROW
+# Elements copied at a time, which bounds the extra memory: at most so many, and one in so many of all.
+_BLOCK, _PART = 512 * _ROW, 128
 _TINY32 = torch.finfo(torch.float32).tiny
 
 
 def power_sums(tensors: list[Tensor], p: float) -> Tensor:
     sums = torch.empty(len(tensors), dtype=torch.float64)
     for dtype, places in by_dtype(tensors):
-        group = [tensors[place] for place in places]
-        fast = p == 2 and dtype not in WIDE
-        sums[places] = _squares(group) if fast else torch.stack([_in_float64(tensor, p) for tensor in group])
+        group = _taken(tensors, places)
+        sums[places] = _each_squared(group) if _is_fast(dtype, p) else _each_in_float64(group, p)
     return sums
 
 
-def _squares(tensors: list[Tensor]) -> Tensor:
-    """Sums of squares of tensors of one dtype, by float32 rows where these suffice."""
-    parts = [real(tensor) for tensor in tensors]
-    numels = torch.tensor([part.numel() for part in parts])
+def total_power(tensors: list[Tensor], p: float) -> Tensor:
+    totals = []
+    for dtype, places in by_dtype(tensors):
+        group = _taken(tensors, places)
+        total = _squared(group) if _is_fast(dtype, p) else None
+        totals.append(_combined(_each_in_float64(group, p), p) if total is None else total)
+    return totals[0] if len(totals) == 1 else _combined(torch.stack(totals), p)
+
+
+def _taken(tensors: list[Tensor], places: list[int]) -> list[Tensor]:
+    return tensors if len(places) == len(tensors) else [tensors[place] for place in places]
+
+
+def _is_fast(dtype: torch.dtype, p: float) -> bool:
+    return p == 2 and dtype not in WIDE
+
+
+def _combined(powers: Tensor, p: float) -> Tensor:
+    return powers.amax() if math.isinf(p) else powers.sum()
+
+
+def _each_squared(tensors: list[Tensor]) -> Tensor:
+    """The sum of squares of each, of one dtype no wider than float32."""
+    parts = _real(tensors)
+    short, long = _by_length(parts)
     sums = torch.empty(len(parts), dtype=torch.float64)
-    for chosen, dtype in ((numels <= _ROW, torch.float32), ((numels > _ROW) & (numels <= _SHORT), torch.float64)):
-        places = chosen.nonzero().flatten().tolist()
-        if places:
-            norms = torch._foreach_norm([parts[place] for place in places], 2.0, dtype=dtype)
-            sums[places] = torch.stack(norms).double().square_()
-    for place in (numels > _SHORT).nonzero().flatten().tolist():
-        sums[place] = _row_squares(parts[place])
-    # A square below float32's range may count as 0: that matters only where the whole sum is hardly larger.
-    trusted = sums.isfinite() & (sums >= numels * (_TINY32 * 1e9))
-    for place in (~trusted).nonzero().flatten().tolist():
-        sums[place] = _in_float64(tensors[place], 2.0)
+    if short:
+        sums[short] = _each_joined(_taken(parts, short))
+    for place in long:
+        square = torch.stack(list(_norms(flat(parts[place])))).square_().sum()
+        trusted = _trusted(square, parts[place].numel())
+        sums[place] = square if trusted else _in_float64(parts[place], 2.0)
     return sums
 
 
-def _row_squares(tensor: Tensor) -> Tensor:
-    elements = flat(tensor)
-    # Another dtype than float32 is converted first, as a whole: hand it over block by block.
-    block = elements.numel() if tensor.dtype == torch.float32 else _BLOCK
-    norms = []
-    for part in elements.split(block):
-        whole = part.numel() - part.numel() % _ROW
-        rows, rest = part[:whole].view(-1, _ROW), part[whole:]
-        norms.append(torch.linalg.vector_norm(rows, 2.0, dim=1, dtype=torch.float32))
-        if rest.numel():
-            norms.append(torch.linalg.vector_norm(rest, 2.0, dtype=torch.float32).view(1))
-    return torch.cat(norms).double().square_().sum()
+def _squared(tensors: list[Tensor]) -> Tensor | None:
+    """The sum of squares of all, of one dtype no wider than float32; None where float32 is too narrow."""
+    parts = _real(tensors)
+    short, long = _by_length(parts)
+    norms = [norm for place in long for norm in _norms(flat(parts[place]))]
+    if short:
+        joined = _taken(parts, short)
+        for block in _blocks(joined, _PART):
+            norms += _norms(_flatten_dense_tensors(joined[block]))
+    total = torch.stack(norms).square_().sum()
+    return total if _trusted(total, sum(map(Tensor.numel, parts))) else None
+
+
+def _real(tensors: list[Tensor]) -> list[Tensor]:
+    return [real(tensor) for tensor in tensors] if tensors[0].is_complex() else tensors
+
+
+def _by_length(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    """The places of those that are cheaper to join, and of the others."""
+    numels = list(map(Tensor.numel, tensors))
+    if max(numels) <= _SHORT:
+        return list(range(len(tensors))), []
+    return (
+        [place for place, numel in enumerate(numels) if numel <= _SHORT],
+        [place for place, numel in enumerate(numels) if numel > _SHORT],
+    )
+
+
+def _each_joined(tensors: list[Tensor]) -> Tensor:
+    """The sum of squares of each short tensor, in float64."""
+    sums = []
+    for block in _blocks(tensors, 3 * _PART):
+        squares = _flatten_dense_tensors(tensors[block]).double().square_()
+        lengths = torch.tensor(list(map(Tensor.numel, tensors[block])))
+        sums.append(torch.segment_reduce(squares, "sum", lengths=lengths))
+    return torch.cat(sums)
+
+
+def _blocks(tensors: list[Tensor], part: int) -> Iterator[slice]:
+    """Short tensors in groups, each of about one ``part``-th of all elements."""
+    ends = list(accumulate(map(Tensor.numel, tensors), initial=0))
+    size = min(max(ends[-1] // part, _SHORT // 2), _BLOCK)
+    start = 0
+    while start < len(tensors):
+        stop = max(start + 1, bisect_right(ends, ends[start] + size) - 1)
+        yield slice(start, stop)
+        start = stop
+
+
+def _norms(elements: Tensor) -> Iterator[Tensor]:
+    """Norms of parts that make up the whole; float64, 0-d. Made in float32, whose range may not suffice."""
+    full_range = elements.dtype == torch.float32
+    length = _ROW if full_range else _LOW_ROW
+    count, rest = divmod(elements.numel(), length)
+    if count:
+        rows = (elements.narrow(0, 0, count * length) if rest else elements).view(count, length)
+        yield _norm_of_rows(rows) if full_range else _norm_of_low_rows(rows)
+    if rest:
+        yield torch.linalg.vector_norm(elements.narrow(0, count * length, rest), 2.0, dtype=torch.float64)
+
+
+def _norm_of_rows(rows: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(rows, 2.0, dim=1)
+    return torch.linalg.vector_norm(norms, 2.0, dtype=torch.float64)  # type: ignore[no-any-return]
+
+
+def _norm_of_low_rows(rows: Tensor) -> Tensor:
+    """Of rows of bf16 or fp16."""
+    # The one operation of torch that reads these without a float32 copy of them and keeps float32 sums.
+    count, length = rows.shape
+    running = torch.zeros(2, count)
+    mean: Tensor
+    variance: Tensor
+    mean, variance = torch.ops.aten.batch_norm_update_stats(rows.unsqueeze(0), running[0], running[1], 0.0)
+    return (mean.double().square_().add_(variance).sum() * length).sqrt_()
+
+
+def _trusted(total: Tensor, numel: int) -> bool:
+    """Whether float32 sufficed for a sum of squares."""
+    # A square below float32's range may count as 0: that matters only where the whole sum is hardly larger.
+    return bool(numel * (_TINY32 * 1e9) <= float(total) < math.inf)
+
+
+def _each_in_float64(tensors: list[Tensor], p: float) -> Tensor:
+    return torch.stack([_in_float64(tensor, p) for tensor in tensors])
 
 
 def _in_float64(tensor: Tensor, p: float) -> Tensor:
-    """The same for any p, dtype and size of values."""
+    """``sum(|x|**p)``, or the largest, for any p, dtype and size of values."""
     norms = torch.stack([torch.linalg.vector_norm(_widened(part), p) for part in flat(tensor).split(_BLOCK)])
     return norms.max() if math.isinf(p) else norms.pow_(p).sum()
 
@@ -82,16 +176,31 @@ def extremes(tensors: list[Tensor]) -> Tensor:
 
 
 def scale_(tensors: list[Tensor], coefficients: Tensor, foreach: bool) -> None:
-    # The CPU has no foreach kernels: torch loops, and rounds the coefficient to bf16 or fp16 before it multiplies.
-    values = coefficients.expand(len(tensors)).tolist()
-    for tensor, coefficient in zip(tensors, values, strict=True):
-        if coefficient != 1.0:
-            for factor in _factors(coefficient):
-                tensor.mul_(factor)
+    # What was read last is still in the cache.
+    if coefficients.ndim == 0:
+        for dtype, places in by_dtype(tensors):
+            backwards = _taken(tensors, places)[::-1]
+            for factor in _factors(float(coefficients)):
+                _scale_all(backwards, factor, dtype)
+        return
+    for tensor, coefficient in zip(reversed(tensors), reversed(coefficients.tolist()), strict=True):
+        for factor in _factors(coefficient):
+            tensor.mul_(factor)
+
+
+def _scale_all(tensors: list[Tensor], factor: float, dtype: torch.dtype) -> None:
+    if dtype in (torch.float32, torch.float64):
+        # Faster than with a Python number. One of bf16 or fp16 would be rounded before it is multiplied with.
+        torch._foreach_mul_(tensors, torch.tensor(factor, dtype=dtype))
+        return
+    for tensor in tensors:
+        tensor.mul_(factor)
 
 
 def _factors(coefficient: float) -> tuple[float, ...]:
     """The coefficient as factors that float32, in which torch scales, holds to full precision."""
+    if coefficient == 1.0:
+        return ()
     return (coefficient,) if not 0.0 < coefficient < _TINY32 else (2.0**-64, coefficient * 2.0**64)
 
 

@@ -72,4 +72,5 @@ def layout_of(param: Tensor, kinds: str | None = None) -> GradLayout:
 def traits(params: Iterable[Tensor]) -> list[object]:
     """What of a parameter decides its layout and may change while it stays the same object: ``Module.to`` changes its
     dtype, FSDP1 takes it over."""
-    return [(param.dtype, hasattr(param, "_fsdp_flattened")) for param in params]
+    known = list(params)
+    return [*(param.dtype for param in known), *(hasattr(param, "_fsdp_flattened") for param in known)]
