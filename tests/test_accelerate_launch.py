@@ -54,6 +54,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_processes_resume_to_the_bit(tmp_path: Path) -> None:
     """Settings come by environment and file, through ``accelerate launch``, to every rank."""
     settings = tmp_path / "distclip.yaml"

@@ -101,7 +101,10 @@ def check_training(layout: str, dtype: torch.dtype) -> None:
     ("layout", "size", "precision"),
     [
         pytest.param(
-            layout, size, precision, marks=[] if size < 2 or (precision == "fp16" and size == 2) else [pytest.mark.slow]
+            layout,
+            size,
+            precision,
+            marks=[] if size < 2 or (precision == "fp16" and layout == "fsdp2") else [pytest.mark.slow],
         )
         for layout, size in [("single", 1), ("ddp", 2), (FSDP1, 2), ("fsdp2", 2), ("fsdp2+tp", 4)]
         for precision in DTYPES

@@ -87,6 +87,7 @@ def test_digits(tmp_path: Path) -> None:
     assert max(after) == pytest.approx(2.0, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_long_sequences(tmp_path: Path) -> None:
     runs, _ = experiment("long_sequences", tmp_path, "--steps", "250")
     guessing = math.log(4)
@@ -102,6 +103,7 @@ def table(output: str) -> dict[str, str]:
     return {row[1]: row[4] for row in rows}
 
 
+@pytest.mark.slow
 def test_functions_of_tensorflow(tmp_path: Path) -> None:
     output = ended(start("keras_users", tmp_path, "--epochs", "1"))
     found = {name: apart for name, apart in table(output).items() if name.startswith("tf.")}

@@ -34,7 +34,7 @@ def steps(out: Path) -> list[dict[str, object]]:
         ("pp+fsdp2", 4, "transformer"),
         ("ep", 2, "transformer"),
         pytest.param("zero1", 2, "lstm", marks=pytest.mark.slow),
-        ("zero3", 2, "transformer"),
+        pytest.param("zero3", 2, "transformer", marks=pytest.mark.slow),
     ],
 )
 def test_many_ranks_train_as_one_process(parallel: str, ranks: int, model: str, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def without_time(line: str) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--rules", "none", "globalnorm=1"), "did you mean 'global_norm'"),
+        pytest.param(("--rules", "none", "globalnorm=1"), "did you mean 'global_norm'", marks=pytest.mark.slow),
         pytest.param(("--models", "gru"), "invalid choice: 'gru'", marks=pytest.mark.slow),
         pytest.param(("--steps", "0"), "--steps 0: expected 1 or more", marks=pytest.mark.slow),
     ],

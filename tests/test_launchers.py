@@ -260,6 +260,7 @@ def test_two_nodes_by_deepspeed(tmp_path: Path, who: Path) -> None:
     assert [rank["arguments"] for rank in told(*outputs)] == [["-x"], ["-x"]]
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_the_example_for_deepspeed() -> None:
     """By torchrun and by DeepSpeed's launcher, at two stages: the same norms."""

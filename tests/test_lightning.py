@@ -467,7 +467,8 @@ def test_under_the_other_name() -> None:
     assert trainer.logged_metrics["train/clip_coef"] < 1
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_the_example(size: int, tmp_path: Path) -> None:
     done = start("--steps", "4", "--out", str(tmp_path), ranks=size, script="lightning_train.py")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -41,7 +41,7 @@ def components(groups: list[list[int]]) -> dict[int, tuple[int, ...]]:
     return {rank: tuple(sorted(ranks)) for rank, ranks in member.items()}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(groups=st.lists(some_ranks, max_size=5))
 def test_closure(groups: list[list[int]]) -> None:
     expected = components(groups)

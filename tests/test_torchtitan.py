@@ -198,6 +198,7 @@ def train(*arguments: str, ranks: int) -> list[tuple[float, ...]]:
     return [tuple(map(float, step)) for step in told]
 
 
+@pytest.mark.slow
 def test_the_trainer_resumes_on_any_number_of_ranks(tmp_path: Path) -> None:
     """A rule whose memory goes through the checkpoint: to the bit on the same ranks, to rounding on others."""
     rule = ("--distclip-rule", "autoclip=10")
