@@ -1,29 +1,75 @@
-"""Gradients on a GPU or another accelerator: multi-tensor kernels, accumulation in float64, and never a look at a
-result from the host."""
+"""Gradients on a GPU or another accelerator: a few launches for many tensors, accumulation in float64, and never a look
+at a result from the host.
+
+On CUDA kernels in Triton serve, ``multi_norm`` and ``multi_scale``. Where one is missing, fails its trial or cannot
+read a tensor, torch's foreach operations do, and single ones where foreach would round.
+"""
 
 from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from distclip.kernels import multi_scale
-from distclip.kernels.common import by_dtype, modulus, real
+from distclip.kernels import multi_norm, multi_scale
+from distclip.kernels.chunks import Chunks, can_cut, cut
+from distclip.kernels.common import by_dtype, modulus, real, taken
 
 _NATIVE_SCALARS = frozenset({torch.float32, torch.float64})
 
 
 def power_sums(tensors: list[Tensor], p: float) -> Tensor:
-    sums = torch.empty(len(tensors), dtype=torch.float64, device=tensors[0].device)
-    for dtype, places in by_dtype(tensors):
-        if dtype.is_complex:
-            group = [real(tensors[place]) if p == 2 else tensors[place].abs() for place in places]
-        else:
-            group = [tensors[place] for place in places]
-        # float64 accumulation costs nothing here: the kernel waits for memory.
-        norms = torch.stack(torch._foreach_norm(group, p, dtype=torch.float64))
-        index = torch.tensor(places, device=sums.device)
-        sums[index] = norms if p == float("inf") else norms.pow_(p)
-    return sums
+    sums, order = [], []
+    for group, places in _groups(tensors, real if p == 2 else modulus):
+        chunks = _to_sum(group, p)
+        sums.append(_foreach_sums(group, p) if chunks is None else multi_norm.power_sums(chunks, p))
+        order += places
+    if len(sums) == 1:
+        return sums[0]
+    return taken(torch.cat(sums), sorted(range(len(order)), key=order.__getitem__))
+
+
+def total_power(tensors: list[Tensor], p: float) -> Tensor:
+    """``power_sums`` of all tensors together, for ``p = inf`` the largest; float64, 0-d."""
+    totals = []
+    for group, _ in _groups(tensors, real if p == 2 else modulus):
+        chunks = _to_sum(group, p)
+        totals.append(_joined(_foreach_sums(group, p), p) if chunks is None else multi_norm.total_power(chunks, p))
+    return totals[0] if len(totals) == 1 else _joined(torch.stack(totals), p)
+
+
+def _groups(tensors: list[Tensor], as_real: Callable[[Tensor], Tensor]) -> list[tuple[list[Tensor], list[int]]]:
+    """Tensors that can be handled in one go, and their places; complex ones made real."""
+    found = defaultdict(list)
+    for place, tensor in enumerate(tensors):
+        found[tensor.dtype, can_cut(tensor)].append(place)
+    return [
+        ([as_real(tensors[place]) if dtype.is_complex else tensors[place] for place in places], places)
+        for (dtype, _), places in found.items()
+    ]
+
+
+def _to_sum(group: list[Tensor], p: float) -> Chunks | None:
+    """The group as Triton's kernels read it; None where torch serves."""
+    first = group[0]
+    return cut(group) if multi_norm.can_sum(first.device, first.dtype, p) and can_cut(first) else None
+
+
+def _to_scale(group: list[Tensor]) -> Chunks | None:
+    first = group[0]
+    return cut(group) if multi_scale.can_scale(first.device, first.dtype) and can_cut(first) else None
+
+
+def _foreach_sums(group: list[Tensor], p: float) -> Tensor:
+    norms = torch.stack(torch._foreach_norm(group, p, dtype=torch.float64))
+    return norms if math.isinf(p) else norms.pow_(p)
+
+
+def _joined(sums: Tensor, p: float) -> Tensor:
+    return sums.amax() if math.isinf(p) else sums.sum()
 
 
 def total_power(tensors: list[Tensor], p: float) -> Tensor:
@@ -32,28 +78,30 @@ def total_power(tensors: list[Tensor], p: float) -> Tensor:
 
 
 def extremes(tensors: list[Tensor]) -> Tensor:
-    ends = [torch.stack(torch.aminmax(modulus(tensor))).double() for tensor in tensors]
-    return torch.stack(ends) * torch.tensor([-1.0, 1.0], device=ends[0].device)
+    lows, highs = zip(*(torch.aminmax(modulus(tensor)) for tensor in tensors), strict=True)
+    return torch.stack((torch.stack(lows).double().neg_(), torch.stack(highs).double()), dim=1)
 
 
 def scale_(tensors: list[Tensor], coefficients: Tensor, foreach: bool) -> None:
-    one_for_all = coefficients.ndim == 0
-    for dtype, places in by_dtype(tensors):
-        group = [tensors[place] for place in places]
-        if foreach and multi_scale.can_scale(group):
-            multi_scale.scale_(group, coefficients if one_for_all else coefficients[places])
-            continue
-        if foreach and dtype in _NATIVE_SCALARS:
-            factors = coefficients.to(dtype)
-            torch._foreach_mul_(group, factors if one_for_all else list(factors[places].unbind()))
-            continue
-        # torch rounds a 0-d factor to the gradient's dtype. One of shape (1,) promotes the arithmetic instead, and
-        # the result alone is rounded.
-        factor_dtype = torch.complex128 if dtype.is_complex else torch.float64
-        for place, tensor in zip(places, group, strict=True):
-            factor = coefficients if one_for_all else coefficients[place]
-            elements = tensor if tensor.ndim else tensor.view(1)
-            torch.mul(elements, factor.to(factor_dtype).view(1), out=elements)
+    groups = _groups(tensors, real)
+    for group, places in groups:
+        factors = coefficients if coefficients.ndim == 0 or len(groups) == 1 else taken(coefficients, places)
+        chunks = _to_scale(group) if foreach else None
+        if chunks is not None:
+            multi_scale.scale_(group, chunks, factors)
+        elif foreach and group[0].dtype in _NATIVE_SCALARS:
+            native = factors.to(group[0].dtype)
+            torch._foreach_mul_(group, list(native.unbind()) if native.ndim else native)
+        else:
+            _scale_singly(group, factors)
+
+
+def _scale_singly(group: list[Tensor], factors: Tensor) -> None:
+    # torch rounds a 0-d factor to the gradient's dtype. One of shape (1,) promotes the arithmetic instead, and the
+    # result alone is rounded.
+    for tensor, factor in zip(group, factors.expand(len(group)).unbind(), strict=True):
+        elements = tensor if tensor.ndim else tensor.view(1)
+        torch.mul(elements, factor.view(1), out=elements)
 
 
 def clamp_(tensors: list[Tensor], low: float, high: float, foreach: bool) -> None:

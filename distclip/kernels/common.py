@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
@@ -41,3 +42,20 @@ def flat(tensor: Tensor) -> Tensor:
         axes = sorted(range(tensor.ndim), key=lambda axis: (tensor.stride(axis), tensor.size(axis)), reverse=True)
         tensor = tensor.permute(axes)
     return tensor.reshape(-1)
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on a device, without waiting for it."""
+    # Pinned memory is handed out again only when the copies from it are done.
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+
+
+def taken(values: Tensor, places: list[int]) -> Tensor:
+    """``values[places]``, where an index that was used before is on the device already."""
+    return values.index_select(0, _index(tuple(places), values.device))
+
+
+# All are kept: a captured CUDA graph may read one.
+@functools.cache
+def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return to_device(torch.tensor(places), device)

@@ -11,64 +11,57 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from distclip.warning import warn
-
-# Elements of one step of a program, and programs that share a tensor.
-_BLOCK, _PROGRAMS = 1024, 64
-# Products are made in float32.
-_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
-
-# By device and dtype, where the tensors scaled last lay, and their sizes: gradients often come to lie there again.
-_tables: dict[tuple[torch.device, torch.dtype], tuple[tuple[int, ...], Tensor]] = {}
+from distclip.kernels import trial
+from distclip.kernels.chunks import ROWS, WARPS, Chunks, cut
 
 
-def can_scale(tensors: list[Tensor]) -> bool:
-    """Whether these tensors, of one device and dtype, can be scaled here."""
-    device = tensors[0].device
-    if device.type != "cuda" or tensors[0].dtype not in _DTYPES or torch.cuda.is_current_stream_capturing():
-        # A captured copy of the table would read host memory that others use by the time of the replay.
-        return False
-    return all(tensor.is_contiguous() for tensor in tensors) and _works_on(device)
+def can_scale(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors there can be scaled here."""
+    return trial.passed(_is_right, device, dtype)
 
 
-def scale_(tensors: list[Tensor], coefficients: Tensor) -> None:
+def scale_(tensors: list[Tensor], chunks: Chunks, coefficients: Tensor) -> None:
     """Multiply in place by one float64 coefficient for all (0-d), or by one for each. No host sync."""
-    import triton.language as tl
-
     from distclip.kernels.multi_scale_kernel import multiply
 
-    dtypes = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    addresses, sizes = _table(tensors).unbind()
-    stride = coefficients.stride(0) if coefficients.ndim else 0
-    grid = (len(tensors), _PROGRAMS)
-    multiply[grid](addresses, sizes, coefficients, stride, dtypes[tensors[0].dtype], _BLOCK, _PROGRAMS)
-
-
-def _table(tensors: list[Tensor]) -> Tensor:
-    """Address and size of each tensor, shape ``(2, n)``, on their device."""
-    first = tensors[0]
-    numbers = (*(tensor.data_ptr() for tensor in tensors), *(tensor.numel() for tensor in tensors))
-    known = _tables.get((first.device, first.dtype))
-    if known is None or known[0] != numbers:
-        table = torch.tensor(numbers, dtype=torch.int64).view(2, -1)
-        if first.device.type == "cuda":
-            table = table.pin_memory().to(first.device, non_blocking=True)
-        known = _tables[first.device, first.dtype] = numbers, table
-    return known[1]
+    # No more programs than run at a time: where nothing is to do they must not even take turns.
+    grid = (min(chunks.count, _programs(coefficients.device)),)
+    each, dtype = coefficients.ndim == 1, chunks.triton_dtype
+    with torch.cuda.device_of(coefficients):
+        multiply[grid](
+            chunks.addresses,
+            chunks.sizes,
+            chunks.owners,
+            coefficients.contiguous(),
+            chunks.count,
+            each,
+            dtype,
+            ROWS,
+            chunks.columns,
+            num_warps=WARPS,
+        )
+    # As an operation of torch would, for those who look whether gradients were written.
+    increment_version(tensors)
 
 
 @functools.cache
-def _works_on(device: torch.device) -> bool:
-    """Try it once: without Triton, or with one that compiles for no such device, torch's own operations serve."""
-    tensors = [torch.arange(5.0, device=device), torch.ones(3 * _BLOCK, device=device)]
-    wanted = [tensor * torch.tensor(0.5, device=device) for tensor in tensors]
-    try:
-        scale_(tensors, torch.tensor(0.5, dtype=torch.float64, device=device))
-        right = all(torch.equal(tensor, want) for tensor, want in zip(tensors, wanted, strict=True))
-    except ImportError:
-        return False
-    except Exception as error:
-        warn(f"gradients on {device} are scaled by torch's own operations, because Triton failed: {error!r:.200}")
-        return False
-    return right
+def _programs(device: torch.device) -> int:
+    # In Triton's interpreter the device is the CPU.
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """In whole chunks and others, with one coefficient and with one for each."""
+    for coefficients in (torch.tensor(0.5), torch.tensor([0.5, 1.0, 2.0])):
+        factors = coefficients.to(device, torch.float64)
+        values = (torch.arange(40_000, device=device) % 7 - 3).to(dtype)
+        tensors = [values.clone(), values[:5].clone(), values.clone()[1:]]
+        wanted = [(tensor * factor).to(dtype) for tensor, factor in zip(tensors, factors.expand(3), strict=True)]
+        chunks = cut(tensors)
+        assert chunks is not None
+        scale_(tensors, chunks, factors)
+        if not all(torch.equal(tensor, want) for tensor, want in zip(tensors, wanted, strict=True)):
+            return False
+    return True
