@@ -11,6 +11,7 @@ from torch import Tensor
 from distclip import rows
 from distclip.gradients import LocalGrads
 from distclip.kernels import kernels_for, use_foreach
+from distclip.kernels.common import taken
 from distclip.plan import Plan
 from distclip.rules.base import Bounds, Decision, Limits, Norms
 from distclip.statistics import rows_in
@@ -121,7 +122,7 @@ def scale_(grads: dict[torch.device, LocalGrads], coefficient: Tensor | None, fo
     for device, local in grads.items():
         factors = coefficient.to(device)
         if factors.ndim and len(local.places) < len(factors):
-            factors = factors[local.places]
+            factors = taken(factors, local.places)
         kernels_for(device).scale_(local.pieces, factors, chosen[device])
 
 
@@ -148,7 +149,7 @@ def _limit(
 def _damp(plan: Plan, grads: dict[torch.device, LocalGrads], limits: Tensor, factors: Tensor) -> None:
     """Multiply the elements of each tensor beyond its limit by its factor."""
     for device, local in grads.items():
-        slots = plan.slots[local.places].to(limits.device)
+        slots = plan.slots_on(limits.device)[plan.index(local.places, limits.device)]
         above, factor = limits[slots].to(device), factors[slots].to(device)
         for place, piece in enumerate(local.pieces):
             for part in rows.blocks(piece):

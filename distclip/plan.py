@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distclip.groups import comm_device
 from distclip.handshake import Agreement, Entry, Facts, Wire, agree, alone
-from distclip.kernels.common import WIDE
+from distclip.kernels.common import WIDE, index, to_device
 from distclip.layout import GradLayout, Piece, RankGroup, layout_of, traits
 from distclip.layout.declared import Declaration, declared_of, version
 from distclip.layout.dtensor import decoded, encoded, is_dtensor, kinds
@@ -26,8 +26,6 @@ from distclip.rules.tensors import Tensors
 
 # Partial gradients of up to so many elements are summed in the norm's own all-reduce.
 _RIDES = 1 << 17
-# Sets of gradients whose index is remembered.
-_INDICES_KEPT = 16
 
 
 @dataclass(eq=False)
@@ -80,7 +78,6 @@ class Plan:
     """By place and placements of a DTensor parameter or gradient, which rows this rank has; filled as they are seen."""
 
     _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
-    _indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def straight(self) -> bool:
@@ -105,20 +102,12 @@ class Plan:
 
     def _copy(self, name: str, device: torch.device) -> Tensor:
         if (name, device) not in self._copies:
-            self._copies[name, device] = getattr(self, name).to(device)
+            self._copies[name, device] = to_device(getattr(self, name), device)
         return self._copies[name, device]
 
     def index(self, places: Sequence[int], device: torch.device) -> Tensor | slice:
-        """An index of the tensors at ascending ``places``; copied to a device once, because a copy waits for it."""
-        if len(places) == len(self.tensors):
-            return slice(None)
-        key = (tuple(places), device)
-        if key not in self._indices:
-            # Which gradients exist may differ from step to step without end.
-            if len(self._indices) >= _INDICES_KEPT:
-                self._indices.clear()
-            self._indices[key] = torch.tensor(key[0], dtype=torch.int64, device=device)
-        return self._indices[key]
+        """An index of the tensors at ascending ``places``."""
+        return slice(None) if len(places) == len(self.tensors) else index(places, device)
 
     def limit_of(self, place: int, limits: Limits) -> Bounds | None:
         """What the elements of a tensor of this rank are limited to; None for nothing."""

@@ -33,7 +33,6 @@ def power_sums(tensors: list[Tensor], p: float) -> Tensor:
 
 
 def total_power(tensors: list[Tensor], p: float) -> Tensor:
-    """``power_sums`` of all tensors together, for ``p = inf`` the largest; float64, 0-d."""
     totals = []
     for group, _ in _groups(tensors, real if p == 2 else modulus):
         chunks = _to_sum(group, p)
@@ -70,11 +69,6 @@ def _foreach_sums(group: list[Tensor], p: float) -> Tensor:
 
 def _joined(sums: Tensor, p: float) -> Tensor:
     return sums.amax() if math.isinf(p) else sums.sum()
-
-
-def total_power(tensors: list[Tensor], p: float) -> Tensor:
-    sums = power_sums(tensors, p)
-    return sums.amax() if p == float("inf") else sums.sum()
 
 
 def extremes(tensors: list[Tensor]) -> Tensor:

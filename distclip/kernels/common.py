@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 
 import torch
@@ -52,10 +52,21 @@ def to_device(numbers: Tensor, device: torch.device) -> Tensor:
 
 def taken(values: Tensor, places: list[int]) -> Tensor:
     """``values[places]``, where an index that was used before is on the device already."""
-    return values.index_select(0, _index(tuple(places), values.device))
+    return values.index_select(0, index(places, values.device))
 
 
-# All are kept: a captured CUDA graph may read one.
-@functools.cache
+def index(places: Sequence[int], device: torch.device) -> Tensor:
+    """Places as a tensor; those that were asked for before are on the device already."""
+    found = _index(tuple(places), device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
+    return found
+
+
+# A CUDA graph reads these whenever it is replayed.
+_captured: list[Tensor] = []
+
+
+@functools.lru_cache(maxsize=256)
 def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
-    return to_device(torch.tensor(places), device)
+    return to_device(torch.tensor(places, dtype=torch.int64), device)

@@ -33,7 +33,7 @@ _TINY32 = torch.finfo(torch.float32).tiny
 def power_sums(tensors: list[Tensor], p: float) -> Tensor:
     sums = torch.empty(len(tensors), dtype=torch.float64)
     for dtype, places in by_dtype(tensors):
-        group = _taken(tensors, places)
+        group = _chosen(tensors, places)
         sums[places] = _each_squared(group) if _is_fast(dtype, p) else _each_in_float64(group, p)
     return sums
 
@@ -41,13 +41,13 @@ def power_sums(tensors: list[Tensor], p: float) -> Tensor:
 def total_power(tensors: list[Tensor], p: float) -> Tensor:
     totals = []
     for dtype, places in by_dtype(tensors):
-        group = _taken(tensors, places)
+        group = _chosen(tensors, places)
         total = _squared(group) if _is_fast(dtype, p) else None
         totals.append(_combined(_each_in_float64(group, p), p) if total is None else total)
     return totals[0] if len(totals) == 1 else _combined(torch.stack(totals), p)
 
 
-def _taken(tensors: list[Tensor], places: list[int]) -> list[Tensor]:
+def _chosen(tensors: list[Tensor], places: list[int]) -> list[Tensor]:
     return tensors if len(places) == len(tensors) else [tensors[place] for place in places]
 
 
@@ -65,7 +65,7 @@ def _each_squared(tensors: list[Tensor]) -> Tensor:
     short, long = _by_length(parts)
     sums = torch.empty(len(parts), dtype=torch.float64)
     if short:
-        sums[short] = _each_joined(_taken(parts, short))
+        sums[short] = _each_joined(_chosen(parts, short))
     for place in long:
         square = torch.stack(list(_norms(flat(parts[place])))).square_().sum()
         trusted = _trusted(square, parts[place].numel())
@@ -79,7 +79,7 @@ def _squared(tensors: list[Tensor]) -> Tensor | None:
     short, long = _by_length(parts)
     norms = [norm for place in long for norm in _norms(flat(parts[place]))]
     if short:
-        joined = _taken(parts, short)
+        joined = _chosen(parts, short)
         for block in _blocks(joined, _PART):
             norms += _norms(_flatten_dense_tensors(joined[block]))
     total = torch.stack(norms).square_().sum()
@@ -179,7 +179,7 @@ def scale_(tensors: list[Tensor], coefficients: Tensor, foreach: bool) -> None:
     # What was read last is still in the cache.
     if coefficients.ndim == 0:
         for dtype, places in by_dtype(tensors):
-            backwards = _taken(tensors, places)[::-1]
+            backwards = _chosen(tensors, places)[::-1]
             for factor in _factors(float(coefficients)):
                 _scale_all(backwards, factor, dtype)
         return
