@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def found(
         only: places of the parameters to look at; None for all.
     """
     if plan.straight and only is None and not others:
-        usual = _at_once(params)
+        usual = _at_once(plan, params)
         if usual is not None:
             return usual
     result: dict[torch.device, LocalGrads] = defaultdict(LocalGrads)
@@ -87,31 +88,31 @@ def found(
     return result
 
 
-def _at_once(params: Sequence[Tensor]) -> dict[torch.device, LocalGrads] | None:
+def _at_once(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, LocalGrads] | None:
     """As ``found``, for a straight plan, in few looks at each gradient; None where any is not of the usual kind."""
     grads = [param.grad for param in params]
-    held = [grad for grad in grads if grad is not None]
+    places = [place for place, grad in enumerate(grads) if grad is not None]
+    held: list[Any] = grads if len(places) == len(grads) else [grads[place] for place in places]
     if not held:
         return {}
-    if set(map(type, held)) != {Tensor}:
-        owners = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-        if not all(map(_placed_alike, owners, held)):
-            return None
-        held = [grad._local_tensor for grad in held]  # type: ignore[attr-defined]
-    devices = set(map(attrgetter("device"), held))
-    if len(devices) > 1 or set(map(attrgetter("layout"), held)) != {torch.strided}:
+    kinds = set(map(type, held))
+    if len(kinds) > 1 or is_dtensor(held[0]) != plan.all_dtensors:
         return None
-    places = list(range(len(params)))
-    if len(held) < len(grads):
-        places = [place for place, grad in enumerate(grads) if grad is not None]
+    if plan.all_dtensors:
+        if list(map(_PLACEMENTS, held)) != [plan.placements[place] for place in places]:
+            return None
+        held = list(map(_LOCAL, held))
     if not all(map(Tensor.numel, held)):
         kept = [index for index, grad in enumerate(held) if grad.numel()]
         held, places = [held[index] for index in kept], [places[index] for index in kept]
-    return {devices.pop(): LocalGrads(held, places, rows=[None] * len(held))} if held else {}
+    devices = set(map(_DEVICE, held))
+    if len(devices) > 1 or not set(map(_LAYOUT, held)) <= {torch.strided}:
+        return None
+    return {device: LocalGrads(held, places, rows=[None] * len(held)) for device in devices}
 
 
-def _placed_alike(param: Tensor, grad: Tensor) -> bool:
-    return is_dtensor(param) and is_dtensor(grad) and param.placements == grad.placements
+_PLACEMENTS, _LOCAL = attrgetter("_spec.placements"), attrgetter("_local_tensor")
+_DEVICE, _LAYOUT = attrgetter("device"), attrgetter("layout")
 
 
 def weights(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, LocalGrads]:

@@ -68,6 +68,8 @@ class Plan:
     """Whether every parameter of every participant is float64, and so are the norms."""
     wide: bool
     """Whether any is, so that the powers of its gradients may leave float64."""
+    placements: tuple[object, ...]
+    """How the parameters that are DTensors are placed; None for others."""
     traits: list[object]
     """What the parameters were like (see ``layout.traits``)."""
     declarations: list[Declaration | None]
@@ -81,11 +83,25 @@ class Plan:
 
     @cached_property
     def straight(self) -> bool:
-        """Whether every gradient is, or its DTensor holds, one dense tensor that stands for the whole parameter."""
-        return not (self.by_rows or self.riding) and all(
-            layout.local is None and layout.as_parameter and len(layout.pieces) == 1 and layout.pieces[0].span is None
-            for layout in self.layouts
+        """Whether every gradient is, or its DTensor holds, one dense tensor that stands for the whole parameter; and
+        either all or none are DTensors."""
+        alike = self.all_dtensors or not any(self.placements)
+        return (
+            alike
+            and not (self.by_rows or self.riding)
+            and all(
+                layout.local is None
+                and layout.as_parameter
+                and len(layout.pieces) == 1
+                and layout.pieces[0].span is None
+                for layout in self.layouts
+            )
         )
+
+    @cached_property
+    def all_dtensors(self) -> bool:
+        """Whether all parameters are DTensors."""
+        return all(self.placements)
 
     @cached_property
     def share_of(self) -> tuple[float, ...]:
@@ -181,6 +197,7 @@ def make_plan(
         wire=_wire(participants, facts),
         float64=facts.wide and not facts.narrow,
         wide=facts.wide,
+        placements=tuple(param.placements if is_dtensor(param) else None for param in params),
         traits=traits(params),
         declarations=[declared_of(param) for param in params],
         version=version(),
