@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from distclip.layout.dtensor import decoded, encoded, is_dtensor, kinds
 from distclip.participants import Participants, connect
 from distclip.rules.base import Bounds, Limits
 from distclip.rules.tensors import Tensors
+
+if TYPE_CHECKING:
+    from distclip.overlap import Overlap
 
 # Partial gradients of up to so many elements are summed in the norm's own all-reduce.
 _RIDES = 1 << 17
@@ -75,6 +78,8 @@ class Plan:
     """Of all declarations, when these were looked at last."""
     rows: dict[tuple[int, object], Tensor | None] = field(default_factory=dict)
     """By place and placements of a DTensor parameter or gradient, which rows this rank has; filled as they are seen."""
+    overlap: Overlap | None = None
+    """Who measures gradients while backward() runs."""
 
     def limit_of(self, place: int, limits: Limits) -> Bounds | None:
         """What the elements of a tensor of this rank are limited to; None for nothing."""

@@ -236,9 +236,12 @@ def _powers(plan: Plan, grads: dict[torch.device, LocalGrads], p: float, wire: t
         if not pieces:
             continue
         kernels = kernels_for(device)
-        local_powers = kernels.power_sums(pieces, p)
+        if plan.overlap is None:
+            local_powers = kernels.power_sums(pieces, p)
+        else:
+            local_powers = plan.overlap.power_sums(plan, device, pieces, places, p)
         powers[places] = local_powers.to(wire)
-        if _may_leave_float64(p, pieces):
+        if may_leave_float64(p, pieces):
             largest = kernels.power_sums(pieces, math.inf)
             flags += _range_flags(local_powers, largest, p).to(wire)
     return powers if math.isinf(p) else powers.mul_(plan.shares.to(wire)), flags
@@ -298,7 +301,8 @@ def _all_reduce(participants: Participants, sums: dict[str, Tensor], maxima: dic
     return dict(zip((*sums, *maxima), parts, strict=True))
 
 
-def _may_leave_float64(p: float, pieces: list[Tensor]) -> bool:
+def may_leave_float64(p: float, pieces: list[Tensor]) -> bool:
+    """Whether the range of the power sums of these has to be looked at."""
     if math.isinf(p):
         return False
     return not _SAFE_P[0] <= p <= _SAFE_P[1] or any(piece.dtype in WIDE for piece in pieces)
