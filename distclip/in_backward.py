@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from distclip import engine
+from distclip import backward, engine
 from distclip.apply import Effect, apply, scale_
 from distclip.gradients import check_limits, local_grads, version_of
 from distclip.groups import comm_device
@@ -103,7 +103,7 @@ class InBackward:
     @torch.no_grad()
     def _clip(self, place: int, param: Tensor) -> None:
         """What the hook of the parameter at ``place`` does with its gradient."""
-        if self._backward != torch._C._current_graph_task_id():
+        if self._backward != backward.task():
             self._begin()
         if param.grad is None:
             return
@@ -136,11 +136,11 @@ class InBackward:
             self._refuse_unhooked(params, params)
             if not self._plan.holds_for(params.tensors):
                 raise RuntimeError(f"parameters were converted or declared after clip_in_backward(). {_AGAIN}")
-        self._backward = torch._C._current_graph_task_id()
+        self._backward = backward.task()
         # A backward that raised has left something behind.
         self._sums = self._nothing()
         # FSDP reduces its last gradients in a callback that may be queued after this one: go to the end of the line.
-        _at_the_end(lambda: _at_the_end(self._end))
+        backward.at_the_end(lambda: backward.at_the_end(self._end))
 
     def _refuse_unhooked(self, now: ModuleParameters, before: ModuleParameters) -> None:
         for name, param in now.named.items():
@@ -319,11 +319,6 @@ def _hook_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandl
     for key in [key for key in hooks if key != handle.id]:
         hooks[key] = hooks.pop(key)
     return handle
-
-
-def _at_the_end(callback: Callable[[], None]) -> None:
-    """Call back after the running backward, and after all that was queued so far."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def _of_slot(coefficient: Tensor | None, slot: int) -> Tensor | None:

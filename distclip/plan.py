@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from distclip.layout.dtensor import decoded, encoded, is_dtensor, kinds
 from distclip.participants import Participants, connect
 from distclip.rules.base import Bounds, Limits
 from distclip.rules.tensors import Tensors
+
+if TYPE_CHECKING:
+    from distclip.overlap import Overlap
 
 # Partial gradients of up to so many elements are summed in the norm's own all-reduce.
 _RIDES = 1 << 17
@@ -78,6 +81,8 @@ class Plan:
     """Of all declarations, when these were looked at last."""
     rows: dict[tuple[int, object], Tensor | None] = field(default_factory=dict)
     """By place and placements of a DTensor parameter or gradient, which rows this rank has; filled as they are seen."""
+    overlap: Overlap | None = None
+    """Who measures gradients while backward() runs."""
 
     _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 

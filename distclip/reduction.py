@@ -234,7 +234,8 @@ def _powers(
 ) -> tuple[Tensor, Tensor]:
     """See ``LocalSums``: the powers, and flags on their range."""
     p = wanted.norm_type
-    one_by_one = wanted.needs_per_tensor or any(_may_leave_float64(p, local.pieces) for local in grads.values())
+    ranged = any(may_leave_float64(p, local.pieces) for local in grads.values())
+    one_by_one = wanted.needs_per_tensor or ranged or plan.overlap is not None
     powers = torch.zeros(len(plan.tensors) if one_by_one else 1, dtype=torch.float64, device=wire)
     flags = torch.zeros(3, dtype=torch.float64, device=wire)
     for device, local in grads.items():
@@ -246,9 +247,12 @@ def _powers(
                 power = kernels_for(device).total_power(group, p).to(wire)
                 powers = torch.maximum(powers, power) if math.isinf(p) else powers.add_(power, alpha=share)
             continue
-        local_powers = kernels_for(device).power_sums(pieces, p)
+        if plan.overlap is None:
+            local_powers = kernels_for(device).power_sums(pieces, p)
+        else:
+            local_powers = plan.overlap.power_sums(plan, device, pieces, places, p)
         powers[plan.index(places, wire)] = local_powers.to(wire)
-        if _may_leave_float64(p, pieces):
+        if may_leave_float64(p, pieces):
             largest = kernels_for(device).power_sums(pieces, math.inf)
             flags += _range_flags(local_powers, largest, p).to(wire)
     if one_by_one and not math.isinf(p):
@@ -322,7 +326,8 @@ def _all_reduce(participants: Participants, sums: dict[str, Tensor], maxima: dic
     return dict(zip((*sums, *maxima), parts, strict=True))
 
 
-def _may_leave_float64(p: float, pieces: list[Tensor]) -> bool:
+def may_leave_float64(p: float, pieces: list[Tensor]) -> bool:
+    """Whether the range of the power sums of these has to be looked at."""
     if math.isinf(p):
         return False
     return not _SAFE_P[0] <= p <= _SAFE_P[1] or not WIDE.isdisjoint(map(attrgetter("dtype"), pieces))
