@@ -211,6 +211,68 @@ def doctor(
     raise typer.Exit(0 if works else 1)
 
 
+@app.command(short_help="How long clips take here, next to torch.")
+def bench(
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(help="single, ddp, fsdp1, fsdp2, hsdp, fsdp2+tp, tp or pipeline."),
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="unclipped, clipped, folded (into AdamW), scaler (fp16's), norm or function (drop-in)."),
+    ] = None,
+    tensors: Annotated[list[int] | None, typer.Option(help="How many tensors the model has, over all ranks.")] = None,
+    numel: Annotated[list[int] | None, typer.Option(help="Elements of each, before it is cut over ranks.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(help="Ranks for layouts of several, started here; 1 leaves these out. [2, or 4 where needed]"),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each process. [as it has; 1 a rank]")] = None,
+    rounds: Annotated[int | None, typer.Option(help="How often each way runs. [11; 20 with --monitor]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [both, where there is a GPU]")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes, three rounds: a look, not a measurement.")
+    ] = False,
+    monitor: Annotated[
+        bool, typer.Option("--monitor", help="Instead: what a distclip.Monitor adds to training steps.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios too: a .png or .svg file.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Time distclip, torch's documented way and a plain read of the gradients, in turns, in one process.
+
+    Without --layout, --case, --tensors, --numel or --dtype: a list of cases with this project's targets, for some
+    minutes; with any of them every combination of what they name. Each can be given several times. Ratios are medians
+    over the rounds; collectives, waits for the GPU and the peak of extra memory are counted apart from them. What
+    columns and cases mean stands below the table.
+
+    Layouts of several ranks are measured on ranks that this command starts on this machine, or, under torchrun
+    (launch/bench.py), on those of the job.
+
+    distclip bench --quick\n
+    distclip bench --threads 2 --plot bench.png\n
+    distclip bench --layout fsdp2 --ranks 4 --tensors 500 --numel 65536 --case clipped --case folded
+
+    Exit status: 0, whether targets are met or not; 1 if ranks that it has started fail.
+    """
+    from distclip.bench.command import Options, run
+
+    asked = {"layout": layout, "kind": case, "tensors": tensors, "numel": numel, "dtype": dtype}
+    found = run(Options(asked, ranks, threads, rounds, device, quick, monitor, picture))
+    if found is None:
+        return
+    if as_json:
+        _print_json(found.content)
+        raise typer.Exit(0 if found.works else 1)
+    typer.echo(found.head)
+    if found.rows:
+        _print_table(found.columns, found.rows, numbers=found.numbers, width=found.width)
+    for line in found.notes:
+        typer.echo(line)
+    raise typer.Exit(0 if found.works else 1)
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Run a command; what it raises about files and settings is one line on stderr, and exit status 2."""
     try:
@@ -249,8 +311,10 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> None:
-    """A table as wide as the terminal; columns of ``numbers`` to the right."""
+def _print_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = (), width: int | None = None
+) -> None:
+    """A table as wide as the terminal, where there is none as ``width``; columns of ``numbers`` to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     right = set(numbers)
     for place, name in enumerate(head):
@@ -258,4 +322,7 @@ def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: It
     for row in rows:
         # Text: brackets in names are no markup.
         table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if width is not None and not console.is_terminal:
+        console.width = width
+    console.print(table)

@@ -14,7 +14,7 @@ from distclip.record import Event, Record
 from distclip.rules import catalogue
 from distclip.sinks import JsonLines
 
-COMMANDS = ("check", "plot", "summary", "suggest", "compare", "rules", "doctor")
+COMMANDS = ("check", "plot", "summary", "suggest", "compare", "rules", "doctor", "bench")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:

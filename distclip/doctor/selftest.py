@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distclip.doctor.facts import installed
+from distclip.local_ranks import run_ranks
 
 _RANKS = 2
 # A rank that waits for one which has failed gives up after so many seconds; the whole test after the other number.
@@ -57,17 +56,15 @@ def self_test(deepspeed: bool | None = None) -> list[Outcome]:
         wanted += ZERO
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "outcomes.jsonl"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={_RANKS}"]
-        command = [*launcher, "-m", "distclip.doctor.selftest", str(out), *wanted]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, env=environment)
-            told = done.stderr
-        except subprocess.TimeoutExpired:
-            told = f"nothing more came within {_PATIENCE} seconds"
+        reason = run_ranks(
+            _RANKS,
+            "distclip.doctor.selftest",
+            [str(out), *wanted],
+            patience=_PATIENCE,
+            environment={"DS_ACCELERATOR": "cpu"},
+        )
         lines = out.read_text().splitlines() if out.exists() else []
     found = [Outcome(**json.loads(line)) for line in lines]
-    reason = (told.strip().splitlines() or ["the ranks ended"])[-1]
     return found + [Outcome(name, False, f"not reached: {reason}", 0.0) for name in wanted[len(found) :]]
 
 
