@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,17 +39,16 @@ STEPS = 4
 @contextmanager
 def reads() -> Iterator[list[int]]:
     """The numbers of elements that the kernels read to measure norms, one for each call."""
-    original, seen = cpu.power_sums, []
+    seen: list[int] = []
 
-    def power_sums(tensors: list[Tensor], p: float) -> Tensor:
+    def counted(kernel: Callable[[list[Tensor], float], Tensor], tensors: list[Tensor], p: float) -> Tensor:
         seen.append(sum(tensor.numel() for tensor in tensors))
-        return original(tensors, p)
+        return kernel(tensors, p)
 
-    cpu.power_sums = power_sums
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for kernel in (cpu.power_sums, cpu.total_power):
+            patch.setattr(cpu, kernel.__name__, partial(counted, kernel))
         yield seen
-    finally:
-        cpu.power_sums = original
 
 
 def check_clip(model: nn.Module, clipper: GradClipper, max_norm: float, layout: Layout | None = None) -> list[int]:
