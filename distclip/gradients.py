@@ -99,7 +99,10 @@ def _at_once(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, LocalGr
     if len(kinds) > 1 or is_dtensor(held[0]) != plan.all_dtensors:
         return None
     if plan.all_dtensors:
-        if list(map(_PLACEMENTS, held)) != [plan.placements[place] for place in places]:
+        placements = plan.placements
+        if len(places) < len(grads):
+            placements = [placements[place] for place in places]
+        if list(map(_PLACEMENTS, held)) != placements:
             return None
         held = list(map(_LOCAL, held))
     if not all(map(Tensor.numel, held)):

@@ -71,7 +71,7 @@ class Plan:
     """Whether every parameter of every participant is float64, and so are the norms."""
     wide: bool
     """Whether any is, so that the powers of its gradients may leave float64."""
-    placements: tuple[object, ...]
+    placements: list[object]
     """How the parameters that are DTensors are placed; None for others."""
     traits: list[object]
     """What the parameters were like (see ``layout.traits``)."""
@@ -202,7 +202,7 @@ def make_plan(
         wire=_wire(participants, facts),
         float64=facts.wide and not facts.narrow,
         wide=facts.wide,
-        placements=tuple(param.placements if is_dtensor(param) else None for param in params),
+        placements=[param.placements if is_dtensor(param) else None for param in params],
         traits=traits(params),
         declarations=[declared_of(param) for param in params],
         version=version(),

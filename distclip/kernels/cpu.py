@@ -81,7 +81,7 @@ def _squared(tensors: list[Tensor]) -> Tensor | None:
     if short:
         joined = _chosen(parts, short)
         for block in _blocks(joined, _PART):
-            norms += _norms(_flatten_dense_tensors(joined[block]))
+            norms += _norms(_end_to_end(joined[block]))
     total = torch.stack(norms).square_().sum()
     return total if _trusted(total, sum(map(Tensor.numel, parts))) else None
 
@@ -105,7 +105,7 @@ def _each_joined(tensors: list[Tensor]) -> Tensor:
     """The sum of squares of each short tensor, in float64."""
     sums = []
     for block in _blocks(tensors, 3 * _PART):
-        squares = _flatten_dense_tensors(tensors[block]).double().square_()
+        squares = _end_to_end(tensors[block]).double().square_()
         lengths = torch.tensor(list(map(Tensor.numel, tensors[block])))
         sums.append(torch.segment_reduce(squares, "sum", lengths=lengths))
     return torch.cat(sums)
@@ -120,6 +120,12 @@ def _blocks(tensors: list[Tensor], part: int) -> Iterator[slice]:
         stop = max(start + 1, bisect_right(ends, ends[start] + size) - 1)
         yield slice(start, stop)
         start = stop
+
+
+def _end_to_end(tensors: list[Tensor]) -> Tensor:
+    # Vectors, which most short tensors are, need no views.
+    vectors = set(map(Tensor.dim, tensors)) == {1}
+    return torch.cat(tensors) if vectors else _flatten_dense_tensors(tensors)
 
 
 def _norms(elements: Tensor) -> Iterator[Tensor]:

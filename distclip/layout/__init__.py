@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import attrgetter
 
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ RESOLVERS = (
     Resolver(resolve=plain.resolve),
 )
 
+_DTYPE = attrgetter("dtype")
 # What modules taught, for as long as their parameters live. By resolver, so that a wrapper put on later wins over what
 # was learned of the same parameters before.
 _learned: list[Memory[GradLayout]] = [Memory() for _ in RESOLVERS]
@@ -73,4 +75,5 @@ def traits(params: Iterable[Tensor]) -> list[object]:
     """What of a parameter decides its layout and may change while it stays the same object: ``Module.to`` changes its
     dtype, FSDP1 takes it over."""
     known = list(params)
-    return [*(param.dtype for param in known), *(hasattr(param, "_fsdp_flattened") for param in known)]
+    # In C as far as it goes: every clip asks.
+    return [*map(_DTYPE, known), *("_fsdp_flattened" in attributes for attributes in map(vars, known))]
