@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,9 @@ def made_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     assert world is not None
     made = _made.setdefault(world, {})
     if ranks not in made:
-        with _named("distclip:" + ",".join(map(str, ranks))):
+        # Every key of the group in the job's store begins with its name: thousands of ranks would make it long.
+        which = hashlib.blake2b(str(ranks).encode(), digest_size=8).hexdigest()
+        with _named(f"distclip:{len(ranks)} ranks:{which}"):
             made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
     return made[ranks]
 

@@ -4,6 +4,9 @@ Every rank lists the tensors of which it has a piece as numbers: what the tensor
 the job), how it looks (a hash of shape and dtype), into how many pieces it is cut, how its gradient is placed. From
 that all ranks learn, alike, how many have each tensor, and whether they mean the same. Texts travel only to word an
 error.
+
+First every rank tells a hash of its list, then one rank of those with the same list tells the list: a thousand ranks on
+ten stages of a pipeline cost ten lists, not a thousand.
 """
 
 from __future__ import annotations
@@ -71,26 +74,38 @@ class Wire:
     group: dist.ProcessGroup | None
     """None where there is one rank only."""
 
-    def gather(self, row: Tensor) -> Tensor:
-        """Everybody's ``row``, of one length and dtype on all ranks; shape ``(ranks, len(row))``, on the CPU."""
+    def gather(self, row: Tensor, speakers: Sequence[int] | None = None) -> Tensor:
+        """Everybody's ``row``, of one length and dtype on all ranks; shape ``(ranks, len(row))``, on the CPU.
+
+        Args:
+            row: of this rank.
+            speakers: the places among the ranks of those whose rows are wanted, ascending, the same on all ranks; None
+                for all.
+        """
         if self.group is None:
             return row.cpu().view(1, -1)
         device = comm_device(self.group, accelerated=False)
-        table = torch.zeros(len(self.ranks), row.numel(), dtype=row.dtype, device=device)
-        table[self.ranks.index(dist.get_rank())] = row.to(device)
+        speaking = range(len(self.ranks)) if speakers is None else speakers
+        table = torch.zeros(len(speaking), row.numel(), dtype=row.dtype, device=device)
+        place = self.ranks.index(dist.get_rank())
+        if place in speaking:
+            table[speaking.index(place)] = row.to(device)
         dist.all_reduce(table, group=self.group)
         return table.cpu()
 
     def texts(self, text: str) -> list[str]:
         """Everybody's text, in the order of the ranks."""
         encoded = text.encode()
-        lengths = self.gather(torch.tensor([len(encoded)])).flatten().tolist()
-        words = -(-max(lengths) // 8)
+        summary = self.gather(torch.tensor([len(encoded), digest(text)]))
+        words = -(-int(summary[:, 0].max()) // 8)
         if not words:
-            return [""] * len(lengths)
+            return [""] * len(summary)
         padded = torch.frombuffer(bytearray(encoded.ljust(8 * words, b"\0")), dtype=torch.int64)
-        rows = self.gather(padded).view(torch.uint8).tolist()
-        return [bytes(row[:length]).decode() for length, row in zip(lengths, rows, strict=True)]
+        speakers, which = first_of_each(summary[:, 1])
+        rows = self.gather(padded, speakers.tolist()).view(torch.uint8)
+        lengths = summary[speakers, 0].tolist()
+        said = [bytes(row[:length].tolist()).decode() for length, row in zip(lengths, rows, strict=True)]
+        return [said[place] for place in which.tolist()]
 
     def told(self, text: str) -> str:
         """A line for each distinct text of the ranks, with those that said it."""
@@ -123,12 +138,15 @@ def agree(wire: Wire, entries: Sequence[Entry], facts: Facts) -> Agreement:
         return Agreement(holders.tolist(), places.tolist(), len(mine), mine[:, 3].tolist(), facts)
 
     # Ranks have different tensors: stages, experts, gradients that some ranks miss.
+    speakers, which = first_of_each(summary[:, 1])
     longest = int(summary[:, 0].max())
     padded = torch.zeros(longest, 4, dtype=torch.int64)
     padded[: len(mine)] = mine
-    listed = torch.arange(longest) < summary[:, :1]
-    rows = wire.gather(padded.view(-1)).view(-1, longest, 4)[listed]
-    identities, index, holders = rows[:, 0].unique(return_inverse=True, return_counts=True)
+    listed = torch.arange(longest) < summary[speakers, :1]
+    rows = wire.gather(padded.view(-1), speakers.tolist()).view(-1, longest, 4)[listed]
+    copies = which.bincount().view(-1, 1).expand_as(listed)[listed]
+    identities, index = rows[:, 0].unique(return_inverse=True)
+    holders = torch.zeros_like(identities).index_add_(0, index, copies)
     _check(wire, entries, identities.view(-1, 1), holders, index, rows)
     slots = torch.searchsorted(identities, mine[:, 0].contiguous())
     placed = torch.zeros_like(identities).scatter_reduce(0, index, rows[:, 3], "amax")
@@ -153,6 +171,14 @@ def _check(
             "No gradient was changed. Clip the same model on every rank; name pipeline_group= where ranks hold stages, "
             "and declare(..., sharded=group) where they hold different tensors under one name."
         )
+
+
+def first_of_each(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each distinct value of a list stands first, ascending; and for each place, which of these has its value."""
+    distinct, which = values.unique(return_inverse=True)
+    first = torch.full_like(distinct, len(values)).scatter_reduce(0, which, torch.arange(len(values)), "amin")
+    order = first.argsort()
+    return first[order], order.argsort()[which]
 
 
 def differing(count: int, index: Tensor, values: Tensor) -> Tensor:

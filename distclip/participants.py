@@ -55,7 +55,9 @@ def connect(groups: Iterable[RankGroup], settings: str = "") -> Participants:
     # One group per set of ranks, chosen and ordered alike by all its members: crossing groups in different orders
     # would deadlock.
     unique: dict[tuple[int, ...], RankGroup] = {}
-    for group in sorted(groups, key=lambda g: (g.ranks, g.group.group_name)):
+    # Every parameter names its groups, but there are few: by identity first, tuples of all ranks compare slowly.
+    named = {id(group.group): group for group in groups}.values()
+    for group in sorted(named, key=lambda g: (g.ranks, g.group.group_name)):
         unique.setdefault(group.ranks, group)
     if not unique:
         return Participants()
@@ -117,7 +119,8 @@ class _Alarm:
         self.keys = []
         for group in groups:
             _handshakes[group.ranks] += 1
-            self.keys.append(f"distclip/{','.join(map(str, group.ranks))}/{_handshakes[group.ranks]}")
+            # Thousands of ranks by name would make a key of 100 kB.
+            self.keys.append(f"distclip/{digest(str(group.ranks))}/{_handshakes[group.ranks]}")
 
     def all_reduce_max(self, tensor: Tensor, group: RankGroup) -> None:
         work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.group, async_op=True)

@@ -217,17 +217,19 @@ def _described(
     for tensor, slot, holders in zip(tensors, agreement.slots, agreement.holders, strict=True):
         # Of a tensor whose pieces are declared joined nobody knows the shape: their sizes tell its own.
         part = tensor.piece.shape.numel() * tensor.layout.distinct / holders if tensor.layout.joined else None
-        rows.append((slot, tensor.name, identity_of(tensor, pipeline), list(tensor.piece.shape), part))
+        rows.append([slot, tensor.name, identity_of(tensor, pipeline), list(tensor.piece.shape), part])
     plain = not any(tensor.layout.joined or tensor.layout.tie is not None for tensor in tensors)
+    told = {json.dumps(rows): 1}
     if participants.group is not None and not (agreement.alike and plain):
-        told = Wire(participants.ranks, participants.group).texts(json.dumps(rows))
-        rows = [row for text in told for row in json.loads(text)]
+        # Ranks of one stage tell the same.
+        told = Counter(Wire(participants.ranks, participants.group).texts(json.dumps(rows)))
     names = dict.fromkeys(range(agreement.slot_count), "")
     identities, shapes, sizes = dict(names), dict.fromkeys(names, torch.Size()), dict.fromkeys(names, 0.0)
-    for slot, name, identity, shape, part in reversed(rows):
-        names[slot], identities[slot] = name, identity
-        sizes[slot] += part or 0.0
-        shapes[slot] = torch.Size(shape if part is None else [round(sizes[slot])])
+    for text, ranks in reversed(told.items()):
+        for slot, name, identity, shape, part in reversed(json.loads(text)):
+            names[slot], identities[slot] = name, identity
+            sizes[slot] += ranks * (part or 0.0)
+            shapes[slot] = torch.Size(shape if part is None else [round(sizes[slot])])
     often = Counter(names.values())
     unique = [name if often[name] == 1 else identities[slot] for slot, name in names.items()]
     return Tensors(unique, list(shapes.values()), torch.device("cpu"))

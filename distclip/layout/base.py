@@ -13,12 +13,15 @@ parallelism.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+_ranks_of: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[int, ...]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,10 @@ class RankGroup:
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> RankGroup:
         """The ranks of ``group``, which the calling rank belongs to."""
-        return cls(tuple(sorted(dist.get_process_group_ranks(group))), group)
+        # Listing a thousand ranks anew for each of a thousand parameters takes longer than all else of a plan.
+        if group not in _ranks_of:
+            _ranks_of[group] = tuple(sorted(dist.get_process_group_ranks(group)))
+        return cls(_ranks_of[group], group)
 
     def order(self, rank: int) -> int:
         """The place of a global rank in the group, in the group's own order."""
