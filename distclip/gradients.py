@@ -90,32 +90,31 @@ def found(
 
 def _at_once(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, LocalGrads] | None:
     """As ``found``, for a straight plan, in few looks at each gradient; None where any is not of the usual kind."""
-    grads = [param.grad for param in params]
-    places = [place for place, grad in enumerate(grads) if grad is not None]
-    held: list[Any] = grads if len(places) == len(grads) else [grads[place] for place in places]
+    held: list[Any] = [param.grad for param in params]
+    places, placements = list(range(len(held))), plan.placements
+    kinds = set(map(type, held))
+    if type(None) in kinds:
+        places = [place for place, grad in enumerate(held) if grad is not None]
+        held, placements = [held[place] for place in places], [placements[place] for place in places]
     if not held:
         return {}
-    kinds = set(map(type, held))
-    if len(kinds) > 1 or is_dtensor(held[0]) != plan.all_dtensors:
+    if len(kinds - {type(None)}) > 1 or is_dtensor(held[0]) != plan.all_dtensors:
         return None
     if plan.all_dtensors:
-        placements = plan.placements
-        if len(places) < len(grads):
-            placements = [placements[place] for place in places]
         if list(map(_PLACEMENTS, held)) != placements:
             return None
         held = list(map(_LOCAL, held))
     if not all(map(Tensor.numel, held)):
         kept = [index for index, grad in enumerate(held) if grad.numel()]
         held, places = [held[index] for index in kept], [places[index] for index in kept]
-    devices = set(map(_DEVICE, held))
-    if len(devices) > 1 or not set(map(_LAYOUT, held)) <= {torch.strided}:
+    if not held:
+        return {}
+    if len(set(map(Tensor.get_device, held))) > 1 or set(map(_LAYOUT, held)) != {torch.strided}:
         return None
-    return {device: LocalGrads(held, places, rows=[None] * len(held)) for device in devices}
+    return {held[0].device: LocalGrads(held, places, rows=[None] * len(held))}
 
 
-_PLACEMENTS, _LOCAL = attrgetter("_spec.placements"), attrgetter("_local_tensor")
-_DEVICE, _LAYOUT = attrgetter("device"), attrgetter("layout")
+_PLACEMENTS, _LOCAL, _LAYOUT = attrgetter("_spec.placements"), attrgetter("_local_tensor"), attrgetter("layout")
 
 
 def weights(plan: Plan, params: Sequence[Tensor]) -> dict[torch.device, LocalGrads]:

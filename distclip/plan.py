@@ -113,6 +113,11 @@ class Plan:
         """``shares`` as numbers."""
         return tuple(self.shares.tolist())
 
+    @cached_property
+    def share_of_all(self) -> float | None:
+        """What all of ``shares`` are; None where they differ."""
+        return self.share_of[0] if len(set(self.share_of)) == 1 else None
+
     def slots_on(self, device: torch.device) -> Tensor:
         """``slots``, copied to a device once."""
         return self._copy("slots", device)

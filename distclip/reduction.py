@@ -262,9 +262,9 @@ def _powers(
 
 def _by_share(plan: Plan, pieces: list[Tensor], places: list[int]) -> Iterable[tuple[float, list[Tensor]]]:
     """Pieces that count alike."""
+    if plan.share_of_all is not None:
+        return [(plan.share_of_all, pieces)]
     shares = plan.share_of
-    if len(set(shares)) == 1:
-        return [(shares[0], pieces)]
     groups: dict[float, list[Tensor]] = defaultdict(list)
     for piece, place in zip(pieces, places, strict=True):
         groups[shares[place]].append(piece)

@@ -13,6 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ from torch._utils import _flatten_dense_tensors
 from distclip.kernels.common import WIDE, by_dtype, flat, modulus, real
 
 # Elements summed in float32 before float64 takes over: longer rows of equal values round to one side by over 1e-6.
-# (Those of bf16 and fp16 are summed about their mean, which holds longer.)
-_ROW, _LOW_ROW = 512, 1024
+_ROW = 512
 # Up to this length a tensor is cheaper to join with others than to look at by itself.
 _SHORT = 16 * _ROW
 # Elements copied at a time, which bounds the extra memory: at most so many, and one in so many of all.
@@ -61,65 +61,68 @@ def _combined(powers: Tensor, p: float) -> Tensor:
 
 def _each_squared(tensors: list[Tensor]) -> Tensor:
     """The sum of squares of each, of one dtype no wider than float32."""
-    parts = _real(tensors)
-    short, long = _by_length(parts)
-    sums = torch.empty(len(parts), dtype=torch.float64)
-    if short:
-        sums[short] = _each_joined(_chosen(parts, short))
-    for place in long:
-        square = torch.stack(list(_norms(flat(parts[place])))).square_().sum()
-        trusted = _trusted(square, parts[place].numel())
-        sums[place] = square if trusted else _in_float64(parts[place], 2.0)
+    parts = _Parts.of(tensors)
+    sums = torch.empty(len(tensors), dtype=torch.float64)
+    if parts.short:
+        sums[parts.short_places] = _each_joined(parts)
+    for place, part in zip(parts.long_places, parts.long, strict=True):
+        square = torch.stack(list(_norms(flat(part)))).square_().sum()
+        sums[place] = square if _trusted(square, part.numel()) else _in_float64(part, 2.0)
     return sums
 
 
 def _squared(tensors: list[Tensor]) -> Tensor | None:
     """The sum of squares of all, of one dtype no wider than float32; None where float32 is too narrow."""
-    parts = _real(tensors)
-    short, long = _by_length(parts)
-    norms = [norm for place in long for norm in _norms(flat(parts[place]))]
-    if short:
-        joined = _chosen(parts, short)
-        for block in _blocks(joined, _PART):
-            norms += _norms(_end_to_end(joined[block]))
+    parts = _Parts.of(tensors)
+    norms = [norm for part in parts.long for norm in _norms(flat(part))]
+    for block in parts.blocks(_PART):
+        norms += _norms(_end_to_end(parts.short[block]))
     total = torch.stack(norms).square_().sum()
-    return total if _trusted(total, sum(map(Tensor.numel, parts))) else None
+    return total if _trusted(total, parts.numel) else None
 
 
-def _real(tensors: list[Tensor]) -> list[Tensor]:
-    return [real(tensor) for tensor in tensors] if tensors[0].is_complex() else tensors
+class _Parts(NamedTuple):
+    """Tensors of one dtype, made real, by what is cheaper: to join them or to look at each."""
+
+    short: list[Tensor]
+    short_places: list[int]
+    short_numels: list[int]
+    long: list[Tensor]
+    long_places: list[int]
+    numel: int
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> _Parts:
+        if tensors[0].is_complex():
+            tensors = [real(tensor) for tensor in tensors]
+        numels = list(map(Tensor.numel, tensors))
+        if max(numels) <= _SHORT:
+            return cls(tensors, list(range(len(tensors))), numels, [], [], sum(numels))
+        short = [place for place, numel in enumerate(numels) if numel <= _SHORT]
+        long = [place for place, numel in enumerate(numels) if numel > _SHORT]
+        joined = [tensors[place] for place in short]
+        return cls(
+            joined, short, [numels[place] for place in short], [tensors[place] for place in long], long, sum(numels)
+        )
+
+    def blocks(self, part: int) -> Iterator[slice]:
+        """The short ones in groups, each of about one ``part``-th of their elements."""
+        ends = list(accumulate(self.short_numels, initial=0))
+        size = min(max(ends[-1] // part, _SHORT // 2), _BLOCK)
+        start = 0
+        while start < len(self.short):
+            stop = max(start + 1, bisect_right(ends, ends[start] + size) - 1)
+            yield slice(start, stop)
+            start = stop
 
 
-def _by_length(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
-    """The places of those that are cheaper to join, and of the others."""
-    numels = list(map(Tensor.numel, tensors))
-    if max(numels) <= _SHORT:
-        return list(range(len(tensors))), []
-    return (
-        [place for place, numel in enumerate(numels) if numel <= _SHORT],
-        [place for place, numel in enumerate(numels) if numel > _SHORT],
-    )
-
-
-def _each_joined(tensors: list[Tensor]) -> Tensor:
+def _each_joined(parts: _Parts) -> Tensor:
     """The sum of squares of each short tensor, in float64."""
     sums = []
-    for block in _blocks(tensors, 3 * _PART):
-        squares = _end_to_end(tensors[block]).double().square_()
-        lengths = torch.tensor(list(map(Tensor.numel, tensors[block])))
-        sums.append(torch.segment_reduce(squares, "sum", lengths=lengths))
+    for block in parts.blocks(3 * _PART):
+        squares = _end_to_end(parts.short[block]).double().square_()
+        sums.append(torch.segment_reduce(squares, "sum", lengths=torch.tensor(parts.short_numels[block])))
     return torch.cat(sums)
-
-
-def _blocks(tensors: list[Tensor], part: int) -> Iterator[slice]:
-    """Short tensors in groups, each of about one ``part``-th of all elements."""
-    ends = list(accumulate(map(Tensor.numel, tensors), initial=0))
-    size = min(max(ends[-1] // part, _SHORT // 2), _BLOCK)
-    start = 0
-    while start < len(tensors):
-        stop = max(start + 1, bisect_right(ends, ends[start] + size) - 1)
-        yield slice(start, stop)
-        start = stop
 
 
 def _end_to_end(tensors: list[Tensor]) -> Tensor:
@@ -130,30 +133,25 @@ def _end_to_end(tensors: list[Tensor]) -> Tensor:
 
 def _norms(elements: Tensor) -> Iterator[Tensor]:
     """Norms of parts that make up the whole; float64, 0-d. Made in float32, whose range may not suffice."""
-    full_range = elements.dtype == torch.float32
-    length = _ROW if full_range else _LOW_ROW
-    count, rest = divmod(elements.numel(), length)
+    count, rest = divmod(elements.numel(), _ROW)
     if count:
-        rows = (elements.narrow(0, 0, count * length) if rest else elements).view(count, length)
-        yield _norm_of_rows(rows) if full_range else _norm_of_low_rows(rows)
+        rows = (elements.narrow(0, 0, count * _ROW) if rest else elements).view(count, _ROW)
+        norms = torch.linalg.vector_norm(rows, 2.0, dim=1) if rows.dtype == torch.float32 else _low_norms(rows)
+        yield torch.linalg.vector_norm(norms, 2.0, dtype=torch.float64)
     if rest:
-        yield torch.linalg.vector_norm(elements.narrow(0, count * length, rest), 2.0, dtype=torch.float64)
+        yield torch.linalg.vector_norm(elements.narrow(0, count * _ROW, rest), 2.0, dtype=torch.float64)
 
 
-def _norm_of_rows(rows: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(rows, 2.0, dim=1)
-    return torch.linalg.vector_norm(norms, 2.0, dtype=torch.float64)  # type: ignore[no-any-return]
-
-
-def _norm_of_low_rows(rows: Tensor) -> Tensor:
-    """Of rows of bf16 or fp16."""
-    # The one operation of torch that reads these without a float32 copy of them and keeps float32 sums.
-    count, length = rows.shape
-    running = torch.zeros(2, count)
-    mean: Tensor
-    variance: Tensor
-    mean, variance = torch.ops.aten.batch_norm_update_stats(rows.unsqueeze(0), running[0], running[1], 0.0)
-    return (mean.double().square_().add_(variance).sum() * length).sqrt_()
+def _low_norms(rows: Tensor) -> Tensor:
+    """Norms of rows of bf16 or fp16, in float32."""
+    # torch's norms of these are of their dtype, or of a copy in float32. But the gradient of a batch norm's weight,
+    # sum(dy * (x - mean) * invstd), is summed in the dtype of the weight: with dy = x a sum of squares.
+    channels, zeros, ones = rows.unsqueeze(0), torch.zeros(len(rows)), torch.ones(len(rows))
+    _, squares, _ = torch.ops.aten.native_batch_norm_backward(
+        channels, channels, ones, None, None, zeros, ones, True, 0.0, (False, True, False)
+    )
+    result: Tensor = squares.sqrt_()
+    return result
 
 
 def _trusted(total: Tensor, numel: int) -> bool:
