@@ -69,6 +69,8 @@ class ClipConfig:
     """Parameters that the ranks of an axis hold alike under pipeline stages, which count once. As ``sharded``."""
     details_every: int = 0
     """In every so many clips reports hold the norm of each tensor; 0 for none."""
+    overlap: bool = False
+    """Whether gradients are measured while backward() still runs."""
     log: str | None = None
     """A file that ends in .jsonl, to which a Monitor writes what the clipper does."""
     log_every: int = 1
@@ -169,6 +171,7 @@ class ClipConfig:
             pipeline_group=pipeline,
             check=self.check,
             details_every=self.details_every,
+            overlap=self.overlap,
         )
         if self.log is not None:
             self.monitor(clipper, self.log)

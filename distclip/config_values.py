@@ -137,6 +137,21 @@ def _read_count(name: str, text: str) -> int:
         raise ValueError(f"{name} must be a whole number, got {text!r}") from None
 
 
+def _check_switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+def _read_switch(name: str, text: str) -> bool:
+    if text.lower() not in _SWITCHES:
+        raise ValueError(f"{name} must be true or false, got {text!r}")
+    return _SWITCHES[text.lower()]
+
+
+_SWITCHES = {"true": True, "1": True, "false": False, "0": False}
+
+
 def _check_log(name: str, value: Any) -> str | None:
     if value is not None and not (isinstance(value, str) and value.endswith(".jsonl")):
         raise ValueError(f"{name} must be a file that ends in .jsonl, got {value!r}")
@@ -163,6 +178,7 @@ KINDS: dict[str, Kind] = {
     "sharded": _AXES("plain parameters that differ from rank to rank: 'experts.*=ep'"),
     "replicated": _AXES("parameters that pipeline stages share: 'embed.*=pp'"),
     "details_every": Kind("tell of each tensor every so many steps, 0: never", _every(0), _read_count),
+    "overlap": Kind("measure while backward() runs: true or false", _check_switch, _read_switch),
     "log": Kind("a file for the run's log, in JSON lines: FILE.jsonl, or none", _check_log, _read_optional),
     "log_every": Kind("log every so many steps", _every(1), _read_count),
     "log_prefix": Kind("what names of metrics begin with", _check_text),

@@ -30,13 +30,14 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_each_place_overrules_those_before(file: Path) -> None:
-    environ = {"DISTCLIP_NONFINITE": "raise", "DISTCLIP_LOG_EVERY": "7", "PATH": "/"}
+    environ = {"DISTCLIP_NONFINITE": "raise", "DISTCLIP_LOG_EVERY": "7", "DISTCLIP_OVERLAP": "True", "PATH": "/"}
     arguments = ["--lr", "0.1", "--distclip-log-every", "9"]
     python: dict[str, Any] = {"rule": 3.0, "check": "never", "log_prefix": "clip/"}
     found = ClipConfig.load(file, arguments, environ, **python)
     assert (found.check, found.log_prefix) == ("never", "clip/")
     assert found.rule == "norm=2"
     assert found.nonfinite == "raise"
+    assert found.overlap is True
     assert found.log_every == 9
     assert str(found.make_rule()) == "head.* -> global_norm=0.5 ; a.*:b.* -> zclip ; * -> norm=2"
 
@@ -76,6 +77,7 @@ def test_a_script_s_own_parser_takes_the_options() -> None:
         ("rule:", "rule must be a number or a rule, got None"),
         ("log_every: true", "log_every must be a whole number from 1 on, got True"),
         ("details_every: -1", "details_every must be a whole number from 0 on, got -1"),
+        ("overlap: 1", "overlap must be true or false, got 1"),
         ("log: run.txt", "log must be a file that ends in .jsonl, got 'run.txt'"),
         ("groups: [1]", "groups must map patterns of parameter names to rules, got [1]"),
         ("sharded: ep", "sharded must map patterns of parameter names to axes of a DeviceMesh, got 'ep'"),
@@ -102,6 +104,7 @@ def test_bad_files_name_the_file_and_the_setting(text: str, message: str, tmp_pa
     [
         ({"environ": {"DISTCLIP_RUEL": "1"}}, "unknown variable 'DISTCLIP_RUEL'; did you mean 'DISTCLIP_RULE'?"),
         ({"environ": {"DISTCLIP_LOG_EVERY": "often"}}, "the environment: log_every must be a whole number"),
+        ({"environ": {"DISTCLIP_OVERLAP": "yes"}}, "the environment: overlap must be true or false, got 'yes'"),
         ({"environ": {"DISTCLIP_GROUPS": "zclip"}}, "groups must be 'pattern -> rule ; pattern -> rule'"),
         ({"environ": {"DISTCLIP_SHARDED": "experts"}}, "sharded must be 'pattern=axis,pattern=axis'"),
         ({"arguments": ["--distclip-rool", "1"]}, "unknown option '--distclip-rool'; did you mean '--distclip-rule'?"),
@@ -136,6 +139,7 @@ def test_variables_of_the_test_suite_are_not_settings() -> None:
             "pipeline_group": st.sampled_from([None, "pp"]),
             "sharded": st.dictionaries(st.sampled_from(["a.*", "b"]), st.just("ep")),
             "log_every": st.integers(1, 10**6),
+            "overlap": st.booleans(),
             "log_prefix": st.text(max_size=5),
         },
     )
@@ -165,6 +169,11 @@ def test_a_monitor_of_these_settings(tmp_path: Path) -> None:
     assert seen == [(1, 5.0)]
     del clipper
     assert [record.step for record in read_run(tmp_path / "run.jsonl").records] == [1]
+
+
+def test_overlap_reaches_the_clipper() -> None:
+    assert ClipConfig(overlap=True).clipper(nn.Linear(2, 2))._overlap is not None
+    assert ClipConfig().clipper(nn.Linear(2, 2))._overlap is None
 
 
 def test_what_integrations_take() -> None:

@@ -24,6 +24,8 @@ from distclip.warning import AuditWarning, warn
 
 When = Literal["first", "always", "never"]
 WHEN: tuple[When, ...] = get_args(When)
+# Rows of all ranks that a check compares, 72 bytes each; of larger jobs it looks at some tensors.
+_MOST_ROWS = 1 << 18
 
 
 class ClipCheck:
@@ -99,7 +101,7 @@ class ClipCheck:
             return []
         wire = Wire(asked.ranks, asked.group)
         component = plan.participants.ranks if plan.participants.group is not None else (dist.get_rank(),)
-        table = tell(wire, rows, component)
+        table = tell(wire, rows, component, most=_MOST_ROWS)
         found = suspects(table, norms_differ)
         if not found:
             return []

@@ -250,17 +250,21 @@ class Table:
         return self.ranks.numel()
 
 
-def tell(wire: Wire, rows: Sequence[Row], component: Sequence[int]) -> Table:
+def tell(wire: Wire, rows: Sequence[Row], component: Sequence[int], most: int | None = None) -> Table:
     """Give all asked ranks everybody's rows. Collective.
 
     Args:
         component: the ranks whose gradients make up one norm with this rank's.
+        most: about how many rows of all ranks there may be; of more, those of some tensors stand for all.
     """
     width = len(Row._fields)
     mine = torch.tensor(rows, dtype=torch.int64).view(-1, width)
     summary = wire.gather(torch.tensor([len(mine), digest(str(mine.tolist())), digest(str(tuple(component)))]))
     lengths = summary[:, 0]
     longest = int(lengths.max())
+    if most is not None and len(wire.ranks) * longest > most:
+        every = -(-len(wire.ranks) * longest // most)
+        return tell(wire, [row for row in rows if row.family % every == 0], component)  # equal on all ranks
     if len(set(summary[:, 1].tolist())) == 1:
         everybody = mine.expand(len(wire.ranks), longest, width)
     else:
