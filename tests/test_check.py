@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip import AuditWarning, ClipByValue, GradClipper
+from distclip.audit import clips
 from tests import oracle
 from tests.collectives import recorded_collectives
 from tests.layouts import LAYOUTS, build
@@ -93,6 +95,23 @@ def test_a_forgotten_all_reduce() -> None:
     (message,) = warned(GradClipper(model, 1.0))
     assert "not-averaged: no gradient agrees between ranks 0 and 1 (scale, embed.weight" in message
     assert "outside no_sync()" in message
+
+
+@ranks(2)
+def test_of_many_tensors_some_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(2)) for _ in range(60)])
+    ddp = DistributedDataParallel(nn.ModuleDict({"all": model}))
+    for place, param in enumerate(model):
+        param.grad = torch.full_like(param, 1.0 + place + 100 * dist.get_rank())
+    compared = []
+    for most in (120, 119, 30):
+        monkeypatch.setattr(clips, "_MOST_ROWS", most)
+        (message,) = warned(GradClipper(ddp, math.inf))
+        everybody: list[Any] = [None, None]
+        dist.all_gather_object(everybody, message)
+        assert everybody == [message, message]
+        compared += [3 + int(more) for more in re.findall(r"(\d+) more", message)]
+    assert compared[0] == 60 > compared[1] > compared[2] > 3
 
 
 @ranks(2)
