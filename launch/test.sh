@@ -9,4 +9,4 @@ if [ $# -eq 0 ]; then
     "$python" -m mypy
 fi
 # By files, because some of these share a port.
-"$python" -m pytest --numprocesses 2 --dist loadfile "$@"
+"$python" -m pytest --numprocesses 2 --dist loadfile --durations 25 "$@"

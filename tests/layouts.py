@@ -308,8 +308,28 @@ def build(layout: Layout, device: str = "cpu") -> nn.Module:
     return model
 
 
+VARIANTS = frozenset(
+    name
+    for name in LAYOUTS
+    if any(part in name for part in ("grad_op", "no_shard", "zero2", "keep", "offload", "only", "accumulate", "nested"))
+)
+"""Layouts that lie as another one does: what looks at layouts from far away does so at these among the slow tests."""
+
+
+def marks_of(layout: Layout, *, repeated: bool = True) -> list[pytest.MarkDecorator]:
+    """For a case that others repeat on the layouts of which this one is a variant."""
+    return [pytest.mark.slow] if repeated and layout.name in VARIANTS else []
+
+
+each_layout = pytest.mark.parametrize(
+    "layout", [pytest.param(layout, id=layout.name, marks=marks_of(layout)) for layout in LAYOUTS.values()]
+)
+"""Runs a test with each layout, the variants if slow tests are run."""
+
 _CASES = [
-    pytest.param(layout, size, "cpu", id=f"{layout.name}-{size}")
+    pytest.param(
+        layout, size, "cpu", id=f"{layout.name}-{size}", marks=marks_of(layout, repeated=size != layout.world_sizes[0])
+    )
     for layout in LAYOUTS.values()
     for size in layout.world_sizes
 ] + [

@@ -21,7 +21,7 @@ from distclip.audit import full
 from distclip.audit.findings import ranges
 from distclip.plan import Plan, make_plan
 from tests import oracle
-from tests.layouts import LAYOUTS, Layout, build, every_layout
+from tests.layouts import LAYOUTS, Layout, build, each_layout
 from tests.nets import Net, loss_of, make_batch, make_net
 from tests.ranks import ranks, run_ranks
 from tests.test_declare import Experts, fill, random
@@ -67,9 +67,9 @@ def check_layout(layout: Layout, device: str) -> None:
     oracle.assert_same(oracle.whole_grads(model), before)
 
 
-@every_layout
-def test_layouts(layout: Layout, size: int, device: str) -> None:
-    run_ranks(check_layout, size, layout, device=device)
+@each_layout
+def test_layouts(layout: Layout, device: str) -> None:
+    run_ranks(check_layout, layout.world_sizes[-1], layout, device=device)
 
 
 TABLE = """\

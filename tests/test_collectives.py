@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 import distclip
 from tests import oracle
 from tests.collectives import recorded_collectives
-from tests.layouts import LAYOUTS, Layout, backward, build
+from tests.layouts import LAYOUTS, Layout, backward, build, each_layout
 from tests.nets import loss_of, make_batch, make_net
 from tests.ranks import ranks, run_ranks
 
@@ -44,7 +44,7 @@ def count(layout: Layout, rule: distclip.Rule) -> list[list[str]]:
         pytest.param(distclip.ClipByValue((-0.1, 0.2)), id="value"),
     ],
 )
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@each_layout
 def test_collectives_of_one_clip(layout: Layout, rule: distclip.Rule) -> None:
     for counted in run_ranks(count, layout.world_sizes[-1], layout, rule):
         unchecked, first, second, third, *plain = counted

@@ -225,8 +225,23 @@ def assert_same_bits(value: Tensor) -> None:
     assert len(set(told)) == 1
 
 
+# One for each of DeepSpeed's optimizers and of its ways with gradients.
+USUAL = [
+    "zero0-fp32",
+    "zero0-fp16-fused",
+    "zero1-bf16-offload",
+    "zero1-bf16+fp32",
+    "zero2-fp16",
+    "zero3-fp32",
+    "zero3-fp16",
+]
+
+
 @ranks(2, timeout=120)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=[] if name in USUAL else [pytest.mark.slow]) for name, case in BY_NAME.items()],
+)
 def test_every_rule_steps_with_the_gradients_that_one_process_would(case: Case) -> None:
     engine = make_engine(case)
     for number, (rule, made) in enumerate(RULES.items()):

@@ -141,7 +141,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "size", "name"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("layout", "size", "name"),
+    [
+        pytest.param(
+            *case, id="-".join(map(str, case)), marks=[pytest.mark.slow] if case[1] == 4 and case[2] != "norm" else []
+        )
+        for case in CASES
+    ],
+)
 def test_training(layout: str, size: int, name: str) -> None:
     run_ranks(check_training, size, LAYOUTS[layout], name)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import distclip
 from tests import oracle
-from tests.layouts import LAYOUTS, Layout, backward, build, every_layout
+from tests.layouts import LAYOUTS, Layout, backward, build, each_layout, every_layout
 from tests.nets import loss_of, make_batch, make_net
 from tests.ranks import run_ranks
 
@@ -84,9 +84,9 @@ def check_clipper(layout: Layout, device: str) -> None:
     oracle.assert_same(oracle.whole_grads(model), oracle.clip_by_value(after, low, high), layout.dtype)
 
 
-@every_layout
-def test_clipper(layout: Layout, size: int, device: str) -> None:
-    run_ranks(check_clipper, size, layout, device=device)
+@each_layout
+def test_clipper(layout: Layout, device: str) -> None:
+    run_ranks(check_clipper, layout.world_sizes[0], layout, device=device)
 
 
 def check_not_vacuous(layout: Layout) -> tuple[float, float]:
@@ -126,6 +126,6 @@ def check_training(layout: Layout) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@each_layout
 def test_training(layout: Layout) -> None:
     run_ranks(check_training, layout.world_sizes[-1], layout)

@@ -69,7 +69,10 @@ def check(layout: Layout, name: str, steps: int = 6) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-@pytest.mark.parametrize("layout", SPREAD)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(each, marks=pytest.mark.slow) if each == "fsdp1-full_shard-orig" else each for each in SPREAD],
+)
 def test_rule(layout: str, name: str) -> None:
     """The state too: the same bits on every rank."""
     first, *others = run_ranks(check, 2, LAYOUTS[layout], name)

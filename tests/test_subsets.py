@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distclip
 from distclip import GradClipper
 from tests import oracle
-from tests.layouts import LAYOUTS, Layout, backward, build
+from tests.layouts import LAYOUTS, Layout, backward, build, marks_of
 from tests.nets import Net, make_net
 from tests.ranks import ranks, run_ranks
 from tests.test_layouts import equal_bits
@@ -57,7 +57,7 @@ def is_flat(layout: Layout) -> bool:
 
 
 CASES = [
-    pytest.param(layout, part, id=f"{layout.name}-{name}")
+    pytest.param(layout, part, id=f"{layout.name}-{name}", marks=marks_of(layout))
     for layout in LAYOUTS.values()
     for name, part in PARTS.items()
     if layout.world_sizes[-1] <= 4 and (part != "norm." or not is_flat(layout))
