@@ -7,8 +7,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-# What torchrun gets to end its ranks, in seconds, before it is ended itself.
-_GRACE = 10.0
+# What torchrun gets to end its ranks, in seconds, before it is ended itself. It gives them 30.
+_GRACE = 40.0
 
 
 def run_ranks(
@@ -52,5 +52,5 @@ def _end(agent: subprocess.Popen[str]) -> None:
     try:
         agent.communicate(timeout=_GRACE)
     except subprocess.TimeoutExpired:
+        # Ranks that do not go hold the other end of its pipe: what they say is not waited for.
         agent.kill()
-        agent.communicate()

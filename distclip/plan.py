@@ -193,11 +193,13 @@ def make_plan(
         settled=settled,
         tensors=tuple(tensor.name for tensor in tensors),
         numels=tuple(tensor.piece.shape.numel() for tensor in tensors),
-        slots=torch.tensor(agreement.slots, dtype=torch.int64),
+        slots=torch.tensor(agreement.slots, dtype=torch.int64, device="cpu"),
         slot_count=agreement.slot_count,
-        shares=torch.tensor(shares, dtype=torch.float64),
+        shares=torch.tensor(shares, dtype=torch.float64, device="cpu"),
         pieces=tuple(tensor.piece for tensor in tensors),
-        weight_shares=torch.tensor(weight_shares if facts.reduces else [1.0] * len(tensors), dtype=torch.float64),
+        weight_shares=torch.tensor(
+            weight_shares if facts.reduces else [1.0] * len(tensors), dtype=torch.float64, device="cpu"
+        ),
         described=_described(tensors, agreement, participants, pipeline) if describe else None,
         by_rows=by_rows,
         riding={place: _part(t.layout, holders) for place, (t, holders) in enumerate(held) if t.layout.partial},

@@ -200,15 +200,22 @@ def forewarn(plan: Plan, wanted: Pass, how: str = "", trouble: type[Exception] |
     """Exchange the header alone, before collectives that a rank in trouble will not come to. Raises as ``measure``."""
     group = plan.participants.group
     if group is not None and plan.wire is not None and plan.wire.type == "cpu":
-        header = _header(wanted.signature + how, trouble is StalePlan, trouble is Failure, plan.wire).clone()
+        header = _header(wanted.signature + how, trouble is StalePlan, trouble is Failure, plan.wire)
         dist.all_reduce(header, group=group)
         _check_header(plan, group, wanted.signature + how, header)
 
 
-@lru_cache(maxsize=64)  # a copy to an accelerator waits for it
 def _header(text: str, stale: bool, failed: bool, wire: torch.device) -> Tensor:
     """Number of ranks with a stale plan, of ranks that failed, and a number for the text by which ranks clip."""
+    # A copy to an accelerator waits for it.
+    return (_new_header if wire.type == "cpu" else _known_header)(text, stale, failed, wire)
+
+
+def _new_header(text: str, stale: bool, failed: bool, wire: torch.device) -> Tensor:
     return torch.tensor([stale, failed, _signature(text)], dtype=torch.float64, device=wire)
+
+
+_known_header = lru_cache(maxsize=64)(_new_header)
 
 
 def _signature(text: str) -> int:

@@ -10,11 +10,12 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import distclip
+from distclip.bench.rounds import orders
 
 #: Rounds of one case: at least, at most, and no more once it has taken so many seconds.
 LEAST, MOST, SECONDS = 5, 50, 3.0
@@ -63,20 +64,25 @@ def main(out: str, text: str) -> None:
 def measured(case: Case) -> list[Timing]:
     """A timing of each way to clip; of torch's only where it ends in time. Collective."""
     params = sharded(case)
-    lower = iter(2.0**-power for power in range(2 * MOST))
+    # Of norm 1 all together.
+    value = (case.ranks * case.tensors * case.elements) ** -0.5
     ways: dict[str, Callable[[], object]] = {
         "distclip": lambda: distclip.clip_grad_norm_(params, HIGH),
-        "distclip, clipping": lambda: distclip.clip_grad_norm_(params, next(lower)),
+        "distclip, clipping": lambda: distclip.clip_grad_norm_(params, 0.5),
     }
     if case.tensors <= MOST_FOR_TORCH:
         ways["torch"] = lambda: nn.utils.clip_grad_norm_(params, HIGH)
     for clip in ways.values():
+        restore(params, value)
         clip()
     taken: dict[str, list[float]] = {way: [] for way in ways}
     spent = 0.0
-    while len(taken["distclip"]) < LEAST or (len(taken["distclip"]) < MOST and spent < SECONDS):
-        for way, clip in ways.items():
-            taken[way].append(slowest(clip))
+    for order in orders(list(ways), MOST):
+        if len(taken["distclip"]) >= LEAST and spent >= SECONDS:
+            break
+        for way in order:
+            restore(params, value)
+            taken[way].append(slowest(ways[way]))
         spent = sum(map(sum, taken.values()))
     return [Timing(case, way, median(seconds)) for way, seconds in taken.items()]
 
@@ -86,12 +92,19 @@ def sharded(case: Case) -> list[nn.Parameter]:
     mesh = init_device_mesh("cpu", (case.ranks,))
     params = []
     for _ in range(case.tensors):
-        # Of norm 1 all together; parameter and gradient share their memory, which no clip minds.
-        local = torch.full((case.elements,), (case.ranks * case.tensors * case.elements) ** -0.5)
+        # Parameter and gradient share their memory, which no clip minds.
+        local = torch.empty(case.elements)
         param = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False))
         param.grad = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
         params.append(param)
     return params
+
+
+def restore(params: Sequence[Tensor], value: float) -> None:
+    """Fill the gradients, so that every clip meets the same."""
+    for param in params:
+        assert isinstance(param.grad, DTensor)
+        param.grad.to_local().fill_(value)
 
 
 def slowest(clip: Callable[[], object]) -> float:

@@ -50,7 +50,8 @@ class Chunks:
         return getattr(tl, str(self.dtype).removeprefix("torch."))
 
 
-_Key = tuple[torch.device, torch.dtype, tuple[int, ...]]
+# The stream too: another may still read a table when this one gets the memory of it.
+_Key = tuple[int, torch.device, torch.dtype, tuple[int, ...]]
 # With the addresses of the tensors.
 _known: dict[_Key, tuple[tuple[int, ...], Chunks]] = {}
 # A CUDA graph reads these whenever it is replayed.
@@ -72,7 +73,8 @@ def cut(tensors: list[Tensor]) -> Chunks | None:
     and each replay would read host memory that others use by then.
     """
     first = tensors[0]
-    key = first.device, first.dtype, tuple(map(Tensor.numel, tensors))
+    stream = torch.cuda.current_stream(first.device).cuda_stream if first.device.type == "cuda" else 0
+    key = stream, first.device, first.dtype, tuple(map(Tensor.numel, tensors))
     places = tuple(map(Tensor.data_ptr, tensors))
     capturing = first.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     known = _known.pop(key, None)
@@ -81,7 +83,7 @@ def cut(tensors: list[Tensor]) -> Chunks | None:
             if known is not None:
                 _known[key] = known
             return None
-        known = places, _at(places, _cut(*key) if known is None else known[1])
+        known = places, _at(places, _cut(*key[1:]) if known is None else known[1])
     elif capturing:
         _captured.append(known[1])
     _known[key] = known
@@ -91,18 +93,18 @@ def cut(tensors: list[Tensor]) -> Chunks | None:
 
 
 def _at(places: tuple[int, ...], chunks: Chunks) -> Chunks:
-    starts = to_device(torch.tensor(places, dtype=torch.int64), chunks.owners.device)
+    starts = to_device(torch.tensor(places, dtype=torch.int64, device="cpu"), chunks.owners.device)
     return replace(chunks, addresses=starts.index_select(0, chunks.owners).add_(chunks.offsets))
 
 
 def _cut(device: torch.device, dtype: torch.dtype, numels: tuple[int, ...]) -> Chunks:
     length = _BYTES // dtype.itemsize
-    sizes = torch.tensor(numels, dtype=torch.int64)
+    sizes = torch.tensor(numels, dtype=torch.int64, device="cpu")
     counts = (sizes + (length - 1)) // length
     firsts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
     count = int(firsts[-1])
-    owners = torch.repeat_interleave(torch.arange(len(numels)), counts)
-    starts = (torch.arange(count) - firsts[owners]) * length
+    owners = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
+    starts = (torch.arange(count, device="cpu") - firsts[owners]) * length
     parts = ((sizes[owners] - starts).clamp_(max=length), owners, starts * dtype.itemsize, firsts)
     own = to_device(torch.cat(parts), device).split([part.numel() for part in parts])
     return Chunks(dtype, length // ROWS, count, int(counts.max()), own[0].new_empty(0), *own)

@@ -46,8 +46,13 @@ def flat(tensor: Tensor) -> Tensor:
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """Numbers of the host on a device, without waiting for it."""
+    if device.type != "cuda":
+        return numbers.to(device)
     # Pinned memory is handed out again only when the copies from it are done.
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    pinned = numbers.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(pinned)
+    return pinned.to(device, non_blocking=True)
 
 
 def taken(values: Tensor, places: list[int]) -> Tensor:
@@ -57,16 +62,18 @@ def taken(values: Tensor, places: list[int]) -> Tensor:
 
 def index(places: Sequence[int], device: torch.device) -> Tensor:
     """Places as a tensor; those that were asked for before are on the device already."""
+    if device.type == "cpu":
+        return torch.tensor(places, dtype=torch.int64, device="cpu")
     found = _index(tuple(places), device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(found)
     return found
 
 
-# A CUDA graph reads these whenever it is replayed.
-_captured: list[Tensor] = []
-
-
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=8)
 def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
-    return to_device(torch.tensor(places, dtype=torch.int64), device)
+    return to_device(torch.tensor(places, dtype=torch.int64, device="cpu"), device)
+
+
+# What a CUDA graph reads whenever it is replayed.
+_captured: list[Tensor] = []

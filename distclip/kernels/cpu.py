@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -21,21 +22,25 @@ from torch._utils import _flatten_dense_tensors
 
 from distclip.kernels.common import WIDE, by_dtype, flat, modulus, real
 
-# Elements summed in float32 before float64 takes over: longer rows of equal values round to one side by over 1e-6.
-_ROW = 512
+# Elements summed in float32 before float64 takes over: in longer rows (one large element, then many equal ones) all
+# roundings can go to one side, which adds up to over 1e-6.
+_ROW = 128
 # Up to this length a tensor is cheaper to join with others than to look at by itself.
-_SHORT = 16 * _ROW
+_SHORT = 1 << 13
 # Elements copied at a time, which bounds the extra memory: at most so many, and one in so many of all.
-_BLOCK, _PART = 512 * _ROW, 128
+_BLOCK, _PART = 1 << 18, 128
 _TINY32 = torch.finfo(torch.float32).tiny
 
 
 def power_sums(tensors: list[Tensor], p: float) -> Tensor:
-    sums = torch.empty(len(tensors), dtype=torch.float64)
-    for dtype, places in by_dtype(tensors):
-        group = _chosen(tensors, places)
-        sums[places] = _each_squared(group) if _is_fast(dtype, p) else _each_in_float64(group, p)
-    return sums
+    groups = [(dtype, places, _chosen(tensors, places)) for dtype, places in by_dtype(tensors)]
+    sums = [_each_squared(group) if _is_fast(dtype, p) else _each_in_float64(group, p) for dtype, _, group in groups]
+    if len(groups) == 1:
+        return sums[0]
+    every = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
+    for (_, places, _), each in zip(groups, sums, strict=True):
+        every[places] = each
+    return every
 
 
 def total_power(tensors: list[Tensor], p: float) -> Tensor:
@@ -43,8 +48,8 @@ def total_power(tensors: list[Tensor], p: float) -> Tensor:
     for dtype, places in by_dtype(tensors):
         group = _chosen(tensors, places)
         total = _squared(group) if _is_fast(dtype, p) else None
-        totals.append(_combined(_each_in_float64(group, p), p) if total is None else total)
-    return totals[0] if len(totals) == 1 else _combined(torch.stack(totals), p)
+        totals.append(float(_combined(_each_in_float64(group, p), p)) if total is None else total)
+    return torch.tensor(max(totals) if math.isinf(p) else sum(totals), dtype=torch.float64, device="cpu")
 
 
 def _chosen(tensors: list[Tensor], places: list[int]) -> list[Tensor]:
@@ -62,23 +67,30 @@ def _combined(powers: Tensor, p: float) -> Tensor:
 def _each_squared(tensors: list[Tensor]) -> Tensor:
     """The sum of squares of each, of one dtype no wider than float32."""
     parts = _Parts.of(tensors)
-    sums = torch.empty(len(tensors), dtype=torch.float64)
-    if parts.short:
-        sums[parts.short_places] = _each_joined(parts)
+    joined = _each_joined(parts)
+    if not parts.long:
+        return joined
+    sums = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
+    sums[parts.short_places] = joined
     for place, part in zip(parts.long_places, parts.long, strict=True):
-        square = torch.stack(list(_norms(flat(part)))).square_().sum()
-        sums[place] = square if _trusted(square, part.numel()) else _in_float64(part, 2.0)
+        total = _sum_of_squares(_norms(flat(part), parts.block))
+        sums[place] = total if _trusted(total, part.numel()) else _in_float64(part, 2.0)
     return sums
 
 
-def _squared(tensors: list[Tensor]) -> Tensor | None:
+def _squared(tensors: list[Tensor]) -> float | None:
     """The sum of squares of all, of one dtype no wider than float32; None where float32 is too narrow."""
     parts = _Parts.of(tensors)
-    norms = [norm for part in parts.long for norm in _norms(flat(part))]
-    for block in parts.blocks(_PART):
-        norms += _norms(_end_to_end(parts.short[block]))
-    total = torch.stack(norms).square_().sum()
+    norms = [norm for part in parts.long for norm in _norms(flat(part), parts.block)]
+    # Of bf16 and fp16 there are two copies then.
+    for block in parts.blocks(parts.block * 2 // 3):
+        norms += _norms(_end_to_end(parts.short[block]), parts.block)
+    total = _sum_of_squares(norms)
     return total if _trusted(total, parts.numel) else None
+
+
+def _sum_of_squares(norms: Iterable[Tensor]) -> float:
+    return float(torch.stack(list(norms)).square_().sum())
 
 
 class _Parts(NamedTuple):
@@ -90,25 +102,28 @@ class _Parts(NamedTuple):
     long: list[Tensor]
     long_places: list[int]
     numel: int
+    itemsize: int
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> _Parts:
         if tensors[0].is_complex():
             tensors = [real(tensor) for tensor in tensors]
-        numels = list(map(Tensor.numel, tensors))
+        numels, itemsize = list(map(Tensor.numel, tensors)), tensors[0].itemsize
         if max(numels) <= _SHORT:
-            return cls(tensors, list(range(len(tensors))), numels, [], [], sum(numels))
+            return cls(tensors, list(range(len(tensors))), numels, [], [], sum(numels), itemsize)
         short = [place for place, numel in enumerate(numels) if numel <= _SHORT]
         long = [place for place, numel in enumerate(numels) if numel > _SHORT]
-        joined = [tensors[place] for place in short]
-        return cls(
-            joined, short, [numels[place] for place in short], [tensors[place] for place in long], long, sum(numels)
-        )
+        joined, wholes = [tensors[place] for place in short], [tensors[place] for place in long]
+        return cls(joined, short, [numels[place] for place in short], wholes, long, sum(numels), itemsize)
 
-    def blocks(self, part: int) -> Iterator[slice]:
-        """The short ones in groups, each of about one ``part``-th of their elements."""
+    @property
+    def block(self) -> int:
+        """How many elements may be copied to float32 at a time."""
+        return min(max(self.numel * self.itemsize // (4 * _PART), _SHORT // 2), _BLOCK)
+
+    def blocks(self, size: int) -> Iterator[slice]:
+        """The short ones in groups of about so many elements."""
         ends = list(accumulate(self.short_numels, initial=0))
-        size = min(max(ends[-1] // part, _SHORT // 2), _BLOCK)
         start = 0
         while start < len(self.short):
             stop = max(start + 1, bisect_right(ends, ends[start] + size) - 1)
@@ -118,46 +133,61 @@ class _Parts(NamedTuple):
 
 def _each_joined(parts: _Parts) -> Tensor:
     """The sum of squares of each short tensor, in float64."""
-    sums = []
-    for block in parts.blocks(3 * _PART):
-        squares = _end_to_end(parts.short[block]).double().square_()
-        sums.append(torch.segment_reduce(squares, "sum", lengths=torch.tensor(parts.short_numels[block])))
-    return torch.cat(sums)
+    sums = torch.empty(len(parts.short), dtype=torch.float64, device="cpu")
+    # Their copies are two and a half times as wide, and are there twice.
+    for block in parts.blocks(parts.block // 4):
+        sums[block] = _segments(parts.short[block], parts.short_numels[block])
+    return sums
+
+
+def _segments(tensors: list[Tensor], numels: list[int]) -> Tensor:
+    squares = _end_to_end(tensors).double().square_()
+    return torch.segment_reduce(squares, "sum", lengths=torch.tensor(numels, device="cpu"))
 
 
 def _end_to_end(tensors: list[Tensor]) -> Tensor:
-    # Vectors, which most short tensors are, need no views.
-    vectors = set(map(Tensor.dim, tensors)) == {1}
-    return torch.cat(tensors) if vectors else _flatten_dense_tensors(tensors)
+    with _without_autocast():
+        # Vectors, which most short tensors are, need no views.
+        vectors = set(map(Tensor.dim, tensors)) == {1}
+        return torch.cat(tensors) if vectors else _flatten_dense_tensors(tensors)
 
 
-def _norms(elements: Tensor) -> Iterator[Tensor]:
-    """Norms of parts that make up the whole; float64, 0-d. Made in float32, whose range may not suffice."""
+def _without_autocast() -> AbstractContextManager[None]:
+    """Autocast would choose a dtype for joined tensors, or refuse those of the dtype that it does not go by."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+
+
+def _norms(elements: Tensor, size: int) -> Iterator[Tensor]:
+    """Norms of parts that make up the whole; float64, 0-d. Made in float32, whose range may not suffice.
+
+    Args:
+        size: how many elements may be copied at a time.
+    """
+    if elements.dtype == torch.float32:
+        # What is kept for each row is no more than the copies of others.
+        for part in elements.split(size * _ROW // 4):
+            yield from _norms_of_rows(part)
+        return
+    # torch's norms of bf16 and fp16 are of that dtype, and those in float32 of a copy of all.
+    copy = torch.empty(min(size, elements.numel()), dtype=torch.float32, device="cpu")
+    for part in elements.split(size):
+        yield from _norms_of_rows(copy[: part.numel()].copy_(part))
+
+
+def _norms_of_rows(elements: Tensor) -> Iterator[Tensor]:
     count, rest = divmod(elements.numel(), _ROW)
     if count:
         rows = (elements.narrow(0, 0, count * _ROW) if rest else elements).view(count, _ROW)
-        norms = torch.linalg.vector_norm(rows, 2.0, dim=1) if rows.dtype == torch.float32 else _low_norms(rows)
+        norms = torch.linalg.vector_norm(rows, 2.0, dim=1)
         yield torch.linalg.vector_norm(norms, 2.0, dtype=torch.float64)
     if rest:
         yield torch.linalg.vector_norm(elements.narrow(0, count * _ROW, rest), 2.0, dtype=torch.float64)
 
 
-def _low_norms(rows: Tensor) -> Tensor:
-    """Norms of rows of bf16 or fp16, in float32."""
-    # torch's norms of these are of their dtype, or of a copy in float32. But the gradient of a batch norm's weight,
-    # sum(dy * (x - mean) * invstd), is summed in the dtype of the weight: with dy = x a sum of squares.
-    channels, zeros, ones = rows.unsqueeze(0), torch.zeros(len(rows)), torch.ones(len(rows))
-    _, squares, _ = torch.ops.aten.native_batch_norm_backward(
-        channels, channels, ones, None, None, zeros, ones, True, 0.0, (False, True, False)
-    )
-    result: Tensor = squares.sqrt_()
-    return result
-
-
-def _trusted(total: Tensor, numel: int) -> bool:
+def _trusted(total: float, numel: int) -> bool:
     """Whether float32 sufficed for a sum of squares."""
     # A square below float32's range may count as 0: that matters only where the whole sum is hardly larger.
-    return bool(numel * (_TINY32 * 1e9) <= float(total) < math.inf)
+    return numel * (_TINY32 * 1e9) <= total < math.inf
 
 
 def _each_in_float64(tensors: list[Tensor], p: float) -> Tensor:
@@ -193,9 +223,9 @@ def scale_(tensors: list[Tensor], coefficients: Tensor, foreach: bool) -> None:
 
 
 def _scale_all(tensors: list[Tensor], factor: float, dtype: torch.dtype) -> None:
-    if dtype in (torch.float32, torch.float64):
+    if dtype in (torch.float32, torch.float64) and not any(map(Tensor.is_neg, tensors)):  # which foreach refuses
         # Faster than with a Python number. One of bf16 or fp16 would be rounded before it is multiplied with.
-        torch._foreach_mul_(tensors, torch.tensor(factor, dtype=dtype))
+        torch._foreach_mul_(tensors, torch.tensor(factor, dtype=dtype, device="cpu"))
         return
     for tensor in tensors:
         tensor.mul_(factor)
