@@ -398,6 +398,7 @@ def test_a_rank_that_fails_is_told() -> None:
     assert results.to_dict()["failures"] == [failure]
 
 
+@pytest.mark.slow
 def test_under_torchrun() -> None:
     done = start("--quick", "--layout", "fsdp2", "--json", "--device", "cpu", script="bench.py", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr

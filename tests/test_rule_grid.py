@@ -473,13 +473,16 @@ def outcomes_of(layout: str) -> list[Any]:
     return run_ranks(body, LAYOUTS[layout].ranks, layout, list(RULES), 0, {}, timeout=120)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow if name == "hsdp" else ()) for name in LAYOUTS]
+)
 def test_layout(layout: str) -> None:
     check(outcomes_of(layout), layout == "experts")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.distributed.*is deprecated:FutureWarning")
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_zero(stage: int) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")

@@ -28,7 +28,7 @@ _ROW = 128
 # Up to this length a tensor is cheaper to join with others than to look at by itself.
 _SHORT = 1 << 13
 # Elements copied at a time, which bounds the extra memory: at most so many, and one in so many of all.
-_BLOCK, _PART = 1 << 18, 128
+_BLOCK, _PART = 1 << 18, 120
 _TINY32 = torch.finfo(torch.float32).tiny
 
 
@@ -72,8 +72,9 @@ def _each_squared(tensors: list[Tensor]) -> Tensor:
         return joined
     sums = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
     sums[parts.short_places] = joined
+    room = parts.room()
     for place, part in zip(parts.long_places, parts.long, strict=True):
-        total = _sum_of_squares(_norms(flat(part), parts.block))
+        total = _sum_of_squares(_norms(flat(part), parts, room))
         sums[place] = total if _trusted(total, part.numel()) else _in_float64(part, 2.0)
     return sums
 
@@ -81,10 +82,10 @@ def _each_squared(tensors: list[Tensor]) -> Tensor:
 def _squared(tensors: list[Tensor]) -> float | None:
     """The sum of squares of all, of one dtype no wider than float32; None where float32 is too narrow."""
     parts = _Parts.of(tensors)
-    norms = [norm for part in parts.long for norm in _norms(flat(part), parts.block)]
-    # Of bf16 and fp16 there are two copies then.
-    for block in parts.blocks(parts.block * 2 // 3):
-        norms += _norms(_end_to_end(parts.short[block]), parts.block)
+    room = parts.room()
+    norms = [norm for part in parts.long for norm in _norms(flat(part), parts, room)]
+    for block in parts.blocks(parts.joined):
+        norms += _norms(_end_to_end(parts.short[block]), parts, room)
     total = _sum_of_squares(norms)
     return total if _trusted(total, parts.numel) else None
 
@@ -120,6 +121,18 @@ class _Parts(NamedTuple):
     def block(self) -> int:
         """How many elements may be copied to float32 at a time."""
         return min(max(self.numel * self.itemsize // (4 * _PART), _SHORT // 2), _BLOCK)
+
+    @property
+    def joined(self) -> int:
+        """How many elements of short tensors may be joined at a time."""
+        # Of bf16 and fp16 there are two copies then.
+        return self.block if self.itemsize == torch.float32.itemsize else self.block * 2 // 3
+
+    def room(self) -> Tensor | None:
+        """For copies in float32; made once, because the system clears what it hands out. None where there are none."""
+        if self.itemsize == torch.float32.itemsize:
+            return None
+        return torch.empty(self.block if self.long else max(self.joined, _SHORT), dtype=torch.float32, device="cpu")
 
     def blocks(self, size: int) -> Iterator[slice]:
         """The short ones in groups of about so many elements."""
@@ -157,21 +170,22 @@ def _without_autocast() -> AbstractContextManager[None]:
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
-def _norms(elements: Tensor, size: int) -> Iterator[Tensor]:
-    """Norms of parts that make up the whole; float64, 0-d. Made in float32, whose range may not suffice.
+def _norms(elements: Tensor, parts: _Parts, room: Tensor | None) -> Iterator[Tensor]:
+    """Norms of what makes up the whole; float64, 0-d. Made in float32, whose range may not suffice.
 
     Args:
-        size: how many elements may be copied at a time.
+        parts: among which they are.
+        room: for bf16 and fp16, whose own norms are of that dtype: where they are copied to, as many as fit at a time.
     """
-    if elements.dtype == torch.float32:
-        # What is kept for each row is no more than the copies of others.
-        for part in elements.split(size * _ROW // 4):
+    if room is None:
+        # What is kept for each row is a fortieth of it.
+        for part in elements.split(max(parts.numel // 4, _BLOCK)):
             yield from _norms_of_rows(part)
         return
-    # torch's norms of bf16 and fp16 are of that dtype, and those in float32 of a copy of all.
-    copy = torch.empty(min(size, elements.numel()), dtype=torch.float32, device="cpu")
-    for part in elements.split(size):
-        yield from _norms_of_rows(copy[: part.numel()].copy_(part))
+    count = -(-elements.numel() // room.numel())
+    size = -(-elements.numel() // (count * _ROW)) * _ROW
+    for part in elements.split(min(size, room.numel())):
+        yield from _norms_of_rows(room[: part.numel()].copy_(part))
 
 
 def _norms_of_rows(elements: Tensor) -> Iterator[Tensor]:
