@@ -7,7 +7,6 @@ from functools import partial
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -19,6 +18,7 @@ import pipeline
 import tensor_parallel
 import zero
 from data import Batch
+from exchange import exchanged
 from options import Options
 from ranks import Job
 from spread import Place, Spread
@@ -94,6 +94,4 @@ def full_parameters(spread: Spread) -> dict[str, Tensor]:
     group = spread.pipeline_group or spread.expert_group
     if group is None:
         return here
-    everywhere: list[dict[str, Tensor]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, here, group=group)
-    return {name: tensor for part in everywhere for name, tensor in part.items()}
+    return {name: tensor for part in exchanged(here, group) for name, tensor in part.items()}

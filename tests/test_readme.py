@@ -1,4 +1,4 @@
-"""README's Python blocks run as they are written."""
+"""Python blocks of README and docs/ run as they are written."""
 
 import contextlib
 import io
@@ -18,8 +18,15 @@ import distclip
 from tests.ranks import run_ranks
 from tests.test_deepspeed import start_deepspeed
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+# The others are scripts of their own, which tests/test_documents.py starts.
+BLOCKS = [
+    pytest.param(block, id=f"{document.stem}: {block.strip().splitlines()[-1][:40]}")
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+    if not block.startswith("# first_clip.py")
+]
 
 
 class Model(nn.Module):
@@ -95,13 +102,15 @@ def run(block: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.distributed.*is deprecated:FutureWarning")  # DeepSpeed's calls
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
+@pytest.mark.parametrize("block", BLOCKS)
 def test_block(block: str) -> None:
     (printed,) = run_ranks(run, 1, block)
     if "report.to_dict()" in block:
         assert "'total_norm': " in printed
     if "distclip.audit(" in block:
         assert "No finding." in printed
+    if "except ValueError as error" in block:
+        assert "max_norm" in printed
 
 
 def test_settings_are_read(tmp_path: Path) -> None:
@@ -113,4 +122,14 @@ def test_settings_are_read(tmp_path: Path) -> None:
 
 
 def test_every_block_was_found() -> None:
-    assert len(BLOCKS) >= 5
+    documents = {str(block.id).partition(":")[0] for block in BLOCKS}
+    assert documents >= {
+        "README",
+        "install",
+        "first_clip",
+        "which_layout",
+        "choosing_a_rule",
+        "reading_the_plots",
+        "faq",
+    }
+    assert len(BLOCKS) >= 25

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from distclip.bench.counters import host_syncs, peak_memory, recorded_collective
 from distclip.bench.layouts import spread_of
 from distclip.bench.rounds import Times, middle, quartiles, ratios, slowest, timed
 from distclip.bench.sides import LIMIT, OURS, STEP, TORCH, sides_of
+from distclip.handshake import Wire
 
 # Of the gradients' bytes, and a clip's collectives: what this project allows itself in every case.
 MEMORY_SHARE, COLLECTIVES, HOST_SYNCS = 0.01, 1, 0
@@ -154,12 +156,14 @@ def _counted(way: Callable[[], object], settle: Callable[[], object], device: to
     return _Counts(len(started), syncs, peak_memory(way, device))
 
 
-def _gathered(mine: Any, ranks: int) -> list[Any]:
+def _gathered(mine: _Observed, ranks: int) -> list[_Observed]:
     if ranks == 1:
         return [mine]
-    told = [mine] * ranks
-    dist.all_gather_object(told, mine)
-    return told
+    told = map(json.loads, Wire(tuple(range(ranks)), dist.group.WORLD).texts(json.dumps(asdict(mine))))
+    return [
+        _Observed(**{**each, "counts": {name: _Counts(**counts) for name, counts in each["counts"].items()}})
+        for each in told
+    ]
 
 
 def _row(case: Case, everyone: Sequence[_Observed]) -> Row:

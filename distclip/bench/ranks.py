@@ -7,20 +7,22 @@ rank 0 writes what came out for each case, and a rank that fails writes why.
 from __future__ import annotations
 
 import gc
+import json
 import os
-import pickle
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from distclip.bench.cases import Case
+from distclip.bench.cases import Case, Target
 from distclip.bench.measure import Row, measure
 from distclip.local_ranks import run_ranks
 
@@ -35,9 +37,9 @@ def measure_on_ranks(cases: Sequence[Case], rounds: int, threads: int | None) ->
         Rows of the cases that came to an end, and why the next one did not; "" where all did.
     """
     with tempfile.TemporaryDirectory() as folder:
-        out, wanted = Path(folder) / "rows.pickle", Path(folder) / "cases.pickle"
+        out, wanted = Path(folder) / "rows.jsonl", Path(folder) / "cases.json"
         out.touch()
-        wanted.write_bytes(pickle.dumps(list(cases)))
+        wanted.write_text(json.dumps([asdict(case) for case in cases]))
         reason = run_ranks(
             cases[0].ranks,
             "distclip.bench.ranks",
@@ -52,16 +54,14 @@ def measure_on_ranks(cases: Sequence[Case], rounds: int, threads: int | None) ->
 
 
 def _read(out: Path) -> tuple[list[Row], str]:
-    rows: list[Row] = []
-    failure = ""
-    with out.open("rb") as file:
-        while file.peek(1):
-            found = pickle.load(file)
-            if isinstance(found, Row):
-                rows.append(found)
-            else:
-                failure = failure or found
-    return rows, failure
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = [Row(**{**each["row"], "case": _case(each["row"]["case"])}) for each in found if "row" in each]
+    return rows, next((each["failure"] for each in found if "failure" in each), "")
+
+
+def _case(told: dict[str, Any]) -> Case:
+    """Of what ``asdict`` makes of one."""
+    return Case(**{**told, "target": told["target"] and Target(**told["target"])})
 
 
 @contextmanager
@@ -101,21 +101,21 @@ def main(out: str, cases: str, rounds: str, threads: str) -> None:
     """What each rank runs."""
     torch.set_num_threads(int(threads))
     with joined():
-        for case in pickle.loads(Path(cases).read_bytes()):
+        for case in map(_case, json.loads(Path(cases).read_text())):
             try:
                 row = measure(case, int(rounds))
             except Exception as failure:  # whatever it is, the user wants to read it
                 traceback.print_exc()
-                _write(out, f"{type(failure).__name__}: {failure}")
+                _write(out, failure=f"{type(failure).__name__}: {failure}")
                 # The others may wait for this rank: torchrun ends them.
                 os._exit(1)
             if dist.get_rank() == 0:
-                _write(out, row)
+                _write(out, row=asdict(row))
 
 
-def _write(out: str, what: object) -> None:
-    with Path(out).open("ab") as file:
-        file.write(pickle.dumps(what))
+def _write(out: str, **what: object) -> None:
+    with Path(out).open("a") as file:
+        file.write(json.dumps(what) + "\n")
 
 
 if __name__ == "__main__":
