@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from distclip.compiled import eager
 from distclip.optimizers import as_optimizers
 
 if TYPE_CHECKING:
     from distclip.clipper import GradClipper
 
 # Frames between GradScaler.step and what it calls.
-_DEPTH = 6
+_DEPTH = 8
 
 
 class Attachment:
@@ -39,7 +40,7 @@ class Attachment:
             )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS makes several gradients in one step: clip inside its closure instead")
-        self._clipper, self._optimizer, self._scaler = clipper, optimizer, scaler
+        self._clipper, self.optimizer, self.scaler = clipper, optimizer, scaler
         self._step = optimizer.step
         self._clipped = False
         self._active = True
@@ -47,22 +48,21 @@ class Attachment:
         optimizer.step = self._wrapped  # type: ignore[method-assign]
         optimizer._distclip_attachment = self  # type: ignore[attr-defined]
         if scaler is not None and not hasattr(scaler, "_stepped"):
-            self._scaler_step = scaler.step
-            scaler.step = self._scaled_step  # type: ignore[method-assign]
+            _ScalerStep.begin(scaler)
 
     def remove(self) -> None:
         """Put the optimizer's, and the scaler's, own ``step`` back."""
-        if self._optimizer.__dict__.get("step") is self._wrapped:
-            if getattr(self._step, "__func__", None) is type(self._optimizer).step:
-                del self._optimizer.step
+        if self.optimizer.__dict__.get("step") is self._wrapped:
+            if getattr(self._step, "__func__", None) is type(self.optimizer).step:
+                del self.optimizer.step
             else:
-                self._optimizer.step = self._step  # type: ignore[method-assign]
+                self.optimizer.step = self._step  # type: ignore[method-assign]
         else:
             # Somebody (an lr scheduler) has wrapped ours since: it stays, and does nothing more.
             self._active = False
-        del self._optimizer._distclip_attachment  # type: ignore[attr-defined]
-        if self._scaler is not None and self._scaler.__dict__.get("step") == self._scaled_step:
-            del self._scaler.step
+        del self.optimizer._distclip_attachment  # type: ignore[attr-defined]
+        if self.scaler is not None and not hasattr(self.scaler, "_stepped"):
+            _ScalerStep.end(self.scaler)
 
     def _clip_and_step(self, closure: Callable[[], Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._active:
@@ -87,13 +87,7 @@ class Attachment:
         finally:
             self._clipped = False
 
-    def _scaled_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = as_optimizers(optimizer) == (self._optimizer,)
-        if not ours or self._scaler is None or not self._scaler.is_enabled():
-            return self._scaler_step(optimizer, *args, **kwargs)
-        with self.clipped_under(self._scaler):
-            return self._scaler_step(optimizer, *args, **kwargs)
-
+    @eager
     def _refuse_unknown_scaler(self) -> None:
         frame = sys._getframe()
         for _ in range(_DEPTH):
@@ -107,6 +101,42 @@ class Attachment:
                     "would wait in the clip for ever. Pass it: GradClipper(model, rule, scaler=scaler), or use "
                     "distclip.amp.GradScaler."
                 )
+
+
+class _ScalerStep:
+    """The ``step`` of one of torch's GradScalers, for all optimizers that it steps and that have an attachment.
+
+    It asks the optimizer for that and keeps none itself: attachments come and go in any order, and a scaler outlives
+    the models that it has scaled.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self._scaler, self._step = scaler, scaler.step
+        self._users = 0
+
+    @classmethod
+    def begin(cls, scaler: torch.amp.GradScaler) -> None:
+        """One more attachment steps by this scaler."""
+        if not isinstance(vars(scaler).get("step"), cls):
+            scaler.step = cls(scaler)  # type: ignore[method-assign]
+        vars(scaler)["step"]._users += 1
+
+    @classmethod
+    def end(cls, scaler: torch.amp.GradScaler) -> None:
+        """One less; after the last, the scaler has its own ``step`` again."""
+        step = vars(scaler).get("step")
+        if isinstance(step, cls):
+            step._users -= 1
+            if not step._users:
+                del scaler.step
+
+    def __call__(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        (inner,) = as_optimizers(optimizer)
+        attachment = getattr(inner, "_distclip_attachment", None)
+        if attachment is None or attachment.scaler is not self._scaler or not self._scaler.is_enabled():
+            return self._step(optimizer, *args, **kwargs)
+        with attachment.clipped_under(self._scaler):
+            return self._step(optimizer, *args, **kwargs)
 
 
 def _method(optimizer: Optimizer, step: Any, inner: Callable[..., Any]) -> Any:

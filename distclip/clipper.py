@@ -17,6 +17,7 @@ from distclip import engine
 from distclip.apply import apply
 from distclip.attach import Attachment
 from distclip.audit.clips import WHEN, ClipCheck, When
+from distclip.compiled import eager
 from distclip.gradients import found, version_of
 from distclip.in_backward import InBackward, check_settings
 from distclip.layout import learn
@@ -162,6 +163,25 @@ class GradClipper:
 
             self._hooks = EngineHooks(model, self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The plan names process groups and wrappers of here; hooks belong to this clipper's parameters and watchers.
+        state = vars(self) | {
+            "_plan": None,
+            "_report_hooks": OrderedDict(),
+            "_check": self._check.anew(),
+            "_in_backward": None,
+            "_resumed": self._resumed if self._in_backward is None else self._in_backward.state_dict(),
+            "_attachment": None,
+            "_stepping": self._detached,
+        }
+        return {"attached": None if self._attachment is None else self._attachment.optimizer, "state": state}
+
+    def __setstate__(self, found: dict[str, Any]) -> None:
+        vars(self).update(found["state"])
+        if found["attached"] is not None:
+            # torch copies an optimizer without what was put on it, and steps would no longer be clipped.
+            self.attach(found["attached"])
+
     def attach(self, optimizer: Optimizer) -> GradClipper:
         """From now on clip inside every ``optimizer.step()``, after its closure if it has one. Local.
 
@@ -196,6 +216,7 @@ class GradClipper:
             self._stepping = self._detached
         self._hooks = self._attachment = None
 
+    @eager
     def clip(self, loss: Tensor | float | None = None) -> ClipReport:
         """Clip this step's gradients in place. Collective, on all ranks that share the model.
 

@@ -11,6 +11,7 @@ from distclip import engine
 from distclip.amp import refuse_scaled, tell
 from distclip.apply import clamp_, scale_
 from distclip.cache import plan_for
+from distclip.compiled import eager
 from distclip.gradients import check_limits, local_grads
 from distclip.layout.declared import Group, as_rank_group
 from distclip.layout.dtensor import is_dtensor
@@ -20,6 +21,7 @@ from distclip.rules.thresholds import checked
 from distclip.rules.value import value_bounds
 
 
+@eager
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Parameters,
@@ -79,6 +81,7 @@ def clip_grad_norm_(
     return report.total_norm
 
 
+@eager
 @torch.no_grad()
 def grad_norm(
     parameters: Parameters,
@@ -95,6 +98,7 @@ def grad_norm(
     return clip_grad_norm_(parameters, math.inf, norm_type, error_if_nonfinite, foreach, pipeline_group=pipeline_group)
 
 
+@eager
 @torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Parameters,
@@ -125,6 +129,7 @@ def clip_grads_with_norm_(
     scale_(grads, clip_coefficient(max_norm, norm), foreach)
 
 
+@eager
 @torch.no_grad()
 def clip_grad_value_(
     parameters: Parameters,

@@ -63,8 +63,9 @@ class InBackward:
         self._backward = -1
         self._sums = self._nothing()
         trained = [place for place, param in enumerate(params.tensors) if param.requires_grad]
-        self._hooked = {id(params.tensors[place]) for place in trained}
         self._handles = [_hook_first(params.tensors[place], partial(self._clip, place)) for place in trained]
+        # What a parameter is in C has the hooks: torch may swap it below the same object, which then has none.
+        self._hooked = {id(params.tensors[place]): params.tensors[place]._cdata for place in trained}
 
     @property
     def active(self) -> bool:
@@ -146,7 +147,8 @@ class InBackward:
         for name, param in now.named.items():
             # FSDP2 puts unsharded parameters in the modules for a while.
             unsharded = not is_dtensor(param) and is_dtensor(before.named.get(name, param))
-            if param.requires_grad and id(param) not in self._hooked and not unsharded:
+            hooked = self._hooked.get(id(param)) == param._cdata
+            if param.requires_grad and not hooked and not unsharded:
                 raise RuntimeError(
                     f"the gradient of {name} was not clipped: it was replaced, or became trainable, after "
                     f"clip_in_backward(). {_AGAIN}"

@@ -112,7 +112,7 @@ class Monitor:
 
     def flush(self) -> None:
         """Hand all that waits to sinks and alarms now. Waits for the device."""
-        records = self._read()
+        records = self._read() if os.getpid() == self._process else []
         if not records:
             return
         if not self._started:
@@ -151,6 +151,8 @@ class Monitor:
         self.close()
 
     def _after(self, clipper: GradClipper, report: ClipReport, loss: Tensor | None) -> None:
+        if os.getpid() != self._process:
+            return  # a fork that clips a model of its own: the log is its parent's
         # Before, not after: what log() says of the latest clip is to be in its record.
         if len(self._waiting) >= self.log_every:
             self.flush()

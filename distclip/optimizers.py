@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distclip.gradients import version_of
 from distclip.layout.dtensor import is_dtensor
+from distclip.layout.memory import Mark
 
 # Left on a gradient whose clipping waits for the step: for which fold, and its version then.
 _FOLDED = "_distclip_folded"
@@ -135,7 +136,7 @@ class Fold:
         self._grad_scale = grad_scale.to(torch.float32)
         self._found_inf = None if found_inf is None else found_inf.to(torch.float32)
         self._instead = instead
-        self._token = object()
+        self._token = Mark()
         self.waits = True
         """Whether no step has come yet."""
         self._hooks: dict[Optimizer, list[RemovableHandle]] = {}

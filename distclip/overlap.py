@@ -120,7 +120,8 @@ class Overlap:
         self._usual = [fired or usual for fired, usual in zip(self._fired, self._usual, strict=True)]
         self._fired = [0] * len(self._usual)
         known = self._plan is not None and self._plan() is plan
-        settings = (p, [param.requires_grad for param in params.tensors])
+        # In a job that has begun since, users may average plain gradients by hand.
+        settings = (p, _world_size(), [param.requires_grad for param in params.tensors])
         if not self._active or (known and settings == self._settings):
             return
         self._plan, self._params = weakref.ref(plan), weakref.ref(params)
@@ -318,13 +319,17 @@ def _final_in_hook(param: Tensor, layout: GradLayout) -> bool:
     """Whether a gradient is all that it will be when a post-accumulate hook runs. Looks at the parameter alone."""
     if layout.local is not None or len(layout.pieces) != 1 or layout.pieces[0].span is not None or layout.partial:
         return False
-    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    size = _world_size()
     if not is_dtensor(param):
         return layout.system == "plain" and size == 1
     # FSDP2 offloads gradients behind the backward's back, unless there are hooks.
     here = param.device_mesh.device_type == param._local_tensor.device.type
     # Its parameters have a guard. Other DTensors may be averaged by hand over the ranks outside their mesh.
     return here and (layout.guard is not None or param.device_mesh.size() == size)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _averaged_by_hook(modules: list[nn.Module], overlap: Overlap) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ class Stepping:
         self.scaler = scaler
         self._fold: Fold | None = None
         self._folded_scale: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copied parameters have no gradients: what waits for a step is for those of the original alone.
+        return Stepping, (self.optimizers, self.scaler)
 
     def grad_scale(self, params: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> Tensor | None:
         """What the gradients are still multiplied by, 0-d; None where they are not.

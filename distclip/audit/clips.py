@@ -46,6 +46,10 @@ class ClipCheck:
         self._seen: Plan | None = None
         self._asked: Participants | None = None
 
+    def anew(self) -> ClipCheck:
+        """One that has asked nobody yet."""
+        return ClipCheck(self._when)
+
     def around(self, plan: Plan, params: Sequence[Tensor], pipeline: RankGroup | None) -> AbstractContextManager[None]:
         """A context for one clip. Collective, where a check is due."""
         if self._when == "never" or (self._when == "first" and plan is self._seen):

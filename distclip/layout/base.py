@@ -16,6 +16,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,9 @@ class RankGroup:
         if group not in _ranks_of:
             _ranks_of[group] = tuple(sorted(dist.get_process_group_ranks(group)))
         return cls(_ranks_of[group], group)
+
+    def __deepcopy__(self, memo: Any) -> RankGroup:
+        return self  # torch cannot copy a process group, and a copied clipper talks to the same ranks
 
     def order(self, rank: int) -> int:
         """The place of a global rank in the group, in the group's own order."""
