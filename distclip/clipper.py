@@ -19,7 +19,8 @@ from distclip.attach import Attachment
 from distclip.audit.clips import WHEN, ClipCheck, When
 from distclip.compiled import eager
 from distclip.gradients import found, version_of
-from distclip.in_backward import InBackward, check_settings
+from distclip.hints import shown
+from distclip.in_backward import InBackward, check_carried, check_settings
 from distclip.layout import learn
 from distclip.layout.declared import Group, as_rank_group, carry_over
 from distclip.layout.memory import Mark
@@ -33,7 +34,8 @@ from distclip.report import ClipReport
 from distclip.rules.base import Rule
 from distclip.rules.compose import as_rule
 from distclip.rules.stages import passes_of
-from distclip.rules.thresholds import checked_every
+from distclip.rules.state import check_is_dict
+from distclip.rules.thresholds import as_number, checked_choice, checked_every
 from distclip.step import Stepping
 from distclip.warning import warn
 
@@ -122,10 +124,10 @@ class GradClipper:
         overlap: bool = False,
     ) -> None:
         self.rule = as_rule(rule)
-        if nonfinite not in engine.NONFINITE:
-            raise ValueError(f"nonfinite must be one of {', '.join(engine.NONFINITE)}, got {nonfinite!r}")
-        if check not in WHEN:
-            raise ValueError(f"check must be one of {', '.join(WHEN)}, got {check!r}")
+        checked_choice("nonfinite", nonfinite, engine.NONFINITE)
+        checked_choice("check", check, WHEN)
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {shown(scaler)}")
         self.nonfinite: engine.NonFinite = nonfinite
         self.report: ClipReport | None = None
         """What the last ``clip()`` did."""
@@ -234,6 +236,7 @@ class GradClipper:
             TypeError: a gradient that the rule cannot be defined for (complex or sparse under ClipByValue).
             OverflowError: ``|g|**p`` leaves float64.
             ValueError: ``loss`` is no scalar.
+            TypeError: ``loss`` is no number.
         """
         if self._hooks is not None:
             raise RuntimeError("engine.step() clips by itself: do not call clip(), read clipper.report after the step")
@@ -344,20 +347,38 @@ class GradClipper:
         return state | ({"in_backward": carried} if carried else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from what ``state_dict`` returned.
+        """Resume from what ``state_dict`` returned. Where that raises, the clipper stays as it was.
 
         Raises:
-            ValueError: the state is of another rule, or not of a GradClipper.
+            ValueError: the state is of another rule, not of a GradClipper, or damaged; names the key.
+            TypeError: it is no dict.
         """
+        check_is_dict("state_dict", state_dict)
         missing = {"rule", "rule_state", "steps"} - state_dict.keys()
         if missing:
             raise ValueError(f"state_dict is not of a GradClipper: it has no {', '.join(sorted(missing))}")
-        if state_dict["rule"] != type(self.rule).__name__:
-            raise ValueError(f"state_dict is of rule {state_dict['rule']}, this clipper has {type(self.rule).__name__}")
-        self.rule.load_state_dict(state_dict["rule_state"])
-        self.steps = state_dict["steps"]
-        self._nonfinite_steps = state_dict.get("nonfinite_steps", 0)
+        unknown = state_dict.keys() - {"rule", "rule_state", "steps", "nonfinite_steps", "in_backward"}
+        if unknown:
+            raise ValueError(
+                f"state_dict holds {shown(sorted(unknown, key=str))}, which this version of distclip does not know"
+            )
+        kind, own = state_dict["rule"], type(self.rule).__name__
+        if not isinstance(kind, str) or kind != own:
+            raise ValueError(
+                f"state_dict is of rule {kind if isinstance(kind, str) else shown(kind)}, this clipper has {own}"
+            )
+        steps = checked_every("state_dict['steps']", state_dict["steps"], 0)
+        nonfinite_steps = checked_every("state_dict['nonfinite_steps']", state_dict.get("nonfinite_steps", 0), 0)
         carried = state_dict.get("in_backward", {})
+        check_carried(carried)
+        before = self.rule.state_dict()
+        try:
+            self.rule.load_state_dict(state_dict["rule_state"])
+        except Exception:
+            # A rule of somebody's own may have taken a part of it.
+            self.rule.load_state_dict(before)
+            raise
+        self.steps, self._nonfinite_steps = steps, nonfinite_steps
         if self._in_backward is not None and self._in_backward.active:
             self._in_backward.load_state_dict(carried)
         else:
@@ -486,7 +507,9 @@ class GradClipper:
 def _as_scalar(loss: Tensor | float | None) -> Tensor | None:
     if loss is None:
         return None
-    scalar = torch.as_tensor(loss)
+    scalar = loss if isinstance(loss, Tensor) else torch.tensor(as_number("loss", loss))
+    if scalar.is_complex() or scalar.is_meta:
+        raise TypeError(f"loss must be a real number, got a tensor of {scalar.dtype} on {scalar.device}")
     if scalar.numel() != 1:
         raise ValueError(f"loss must be a scalar, got a tensor of shape {tuple(scalar.shape)}: pass its mean")
     return scalar.detach().view(())

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,7 +19,7 @@ from distclip.config_values import KINDS, rule_of
 from distclip.declare import declare
 from distclip.engine import NonFinite
 from distclip.files import load_mapping
-from distclip.hints import closest
+from distclip.hints import closest, shown
 from distclip.monitor import Monitor
 from distclip.parameters import as_modules, named_parameters
 from distclip.rules.base import Rule
@@ -218,10 +218,17 @@ def _axis(setting: str, mesh: DeviceMesh | None, axis: str) -> DeviceMesh:
     return mesh[axis]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"the command line: {message}")
+
+
 def _from_arguments(arguments: argparse.Namespace | Sequence[str] | None) -> dict[str, Any]:
     if not isinstance(arguments, argparse.Namespace):
         # Options like --distclip are the script's own: no abbreviations.
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser = _Parser(add_help=False, allow_abbrev=False)
         ClipConfig.add_arguments(parser)
         arguments, others = parser.parse_known_args(arguments or [])
         unknown = [other.partition("=")[0] for other in others if other.startswith("--distclip-")]
@@ -249,6 +256,8 @@ def _checked(place: str, layer: Mapping[str, Any], written: bool) -> dict[str, A
     for name, value in layer.items():
         if name not in known:
             raise ValueError(f"{place}: unknown key {name!r}{closest(name, sorted(known))}")
+        if written and not isinstance(value, str):
+            raise TypeError(f"{place}: {name} must be written as a text, got {shown(value)}")
         try:
             found[name] = KINDS[name].check(name, KINDS[name].read(name, value) if written else value)
         except (ValueError, TypeError) as error:

@@ -10,10 +10,11 @@ from typing import Any
 
 from distclip.audit.clips import WHEN
 from distclip.engine import NONFINITE
+from distclip.hints import shown
 from distclip.rules.base import Rule
 from distclip.rules.compose import Chain, PerGroup, as_rule
 from distclip.rules.text import parse
-from distclip.rules.thresholds import checked_every
+from distclip.rules.thresholds import checked_choice, checked_every
 
 
 def _same(name: str, text: str) -> Any:
@@ -48,10 +49,17 @@ def rule_of(value: Any) -> Rule:
     if isinstance(value, str):
         return parse(value) if (number := _as_number(value)) is None else as_rule(number)
     if isinstance(value, list | tuple):
-        return Chain([rule_of(part) for part in value])
+        return _nested(value, lambda: Chain([rule_of(part) for part in value]))
     if isinstance(value, Mapping):
-        return PerGroup({_patterns(key): rule_of(part) for key, part in value.items()})
+        return _nested(value, lambda: PerGroup({_patterns(key): rule_of(part) for key, part in value.items()}))
     return as_rule(value)
+
+
+def _nested(value: object, make: Callable[[], Rule]) -> Rule:
+    try:
+        return make()
+    except RecursionError:
+        raise ValueError(f"rule holds itself, or is nested too deeply: {shown(value)}") from None
 
 
 def _as_number(text: str) -> float | None:
@@ -63,7 +71,7 @@ def _as_number(text: str) -> float | None:
 
 def _patterns(key: Any) -> Any:
     if not isinstance(key, str | tuple):
-        raise TypeError(f"a pattern of parameter names must be a text, got {key!r}")
+        raise TypeError(f"a pattern of parameter names must be a text, got {shown(key)}")
     return tuple(part.strip() for part in key.split(":")) if isinstance(key, str) else key
 
 
@@ -82,7 +90,7 @@ def _check_groups(name: str, value: Any) -> dict[Any, Any]:
     if isinstance(value, str):
         value = _read_groups(name, value)
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must map patterns of parameter names to rules, got {value!r}")
+        raise TypeError(f"{name} must map patterns of parameter names to rules, got {shown(value)}")
     if value:
         rule_of(value)
     return {_patterns(key): rule for key, rule in value.items()}
@@ -100,16 +108,14 @@ def _write_groups(value: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _check_choice(known: Sequence[str], name: str, value: Any) -> str:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    return str(value)
+    return checked_choice(name, value, known)
 
 
 def _check_axis(name: str, value: Any) -> str | None:
-    if value == "none":
+    if value is None or (isinstance(value, str) and value == "none"):
         return None
-    if value is not None and not (isinstance(value, str) and value):
-        raise TypeError(f"{name} must be the name of an axis of a DeviceMesh, got {value!r}")
+    if not (isinstance(value, str) and value):
+        raise TypeError(f"{name} must be the name of an axis of a DeviceMesh, got {shown(value)}")
     return value
 
 
@@ -119,7 +125,7 @@ def _read_optional(name: str, text: str) -> str | None:
 
 def _check_axes(name: str, value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
-        raise TypeError(f"{name} must map patterns of parameter names to axes of a DeviceMesh, got {value!r}")
+        raise TypeError(f"{name} must map patterns of parameter names to axes of a DeviceMesh, got {shown(value)}")
     return dict(value)
 
 
@@ -139,7 +145,7 @@ def _read_count(name: str, text: str) -> int:
 
 def _check_switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be true or false, got {value!r}")
+        raise TypeError(f"{name} must be true or false, got {shown(value)}")
     return value
 
 
@@ -154,13 +160,13 @@ _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
 
 def _check_log(name: str, value: Any) -> str | None:
     if value is not None and not (isinstance(value, str) and value.endswith(".jsonl")):
-        raise ValueError(f"{name} must be a file that ends in .jsonl, got {value!r}")
+        raise ValueError(f"{name} must be a file that ends in .jsonl, got {shown(value)}")
     return value
 
 
 def _check_text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a text, got {value!r}")
+        raise TypeError(f"{name} must be a text, got {shown(value)}")
     return value
 
 

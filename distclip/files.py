@@ -18,7 +18,7 @@ def load_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8; a path that holds a zero byte
         raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     content = _parsed(path, text)
     if content is None:
@@ -32,12 +32,12 @@ def _parsed(path: Path, text: str) -> Any:
     if path.suffix == ".json":
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: is no JSON: {error}") from None
     yaml = optional("yaml", "config")
     try:
         return load_yaml(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
 
 
@@ -52,10 +52,20 @@ def load_yaml(text: str) -> Any:
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for name in names:
-                if names.count(name) > 1:
-                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", node.start_mark)
+            names: set[str] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in names:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", node.start_mark)
+                names.add(key.value)
             return super().construct_mapping(node, deep)
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except (ValueError, LookupError, AttributeError) as error:
+                # What PyYAML lets through of what int(), float() and datetime say: `2001-99-99`, `!!int ""`.
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{node.value!r}: {error}", node.start_mark
+                ) from None
 
     return yaml.load(text, Loader)

@@ -13,11 +13,12 @@ from distclip.apply import clamp_, scale_
 from distclip.cache import plan_for
 from distclip.compiled import eager
 from distclip.gradients import check_limits, local_grads
+from distclip.hints import shown
 from distclip.layout.declared import Group, as_rank_group
 from distclip.layout.dtensor import is_dtensor
 from distclip.parameters import Parameters, split
 from distclip.rules.norm import ClipByGlobalNorm, clip_coefficient
-from distclip.rules.thresholds import checked
+from distclip.rules.thresholds import as_number, checked
 from distclip.rules.value import value_bounds
 
 
@@ -118,13 +119,12 @@ def clip_grads_with_norm_(
         foreach: as for ``clip_grad_norm_``.
 
     Raises:
-        ValueError: ``max_norm`` is negative or NaN.
-        TypeError: as for ``clip_grad_norm_``.
+        ValueError: ``max_norm`` is negative or NaN; ``total_norm`` is a negative number, or a tensor of several.
+        TypeError: as for ``clip_grad_norm_``; ``total_norm`` is no real number.
     """
     max_norm = checked("max_norm", max_norm)
     modules, params = split(parameters)
-    norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, dtype=torch.float64)
-    norm = (norm.full_tensor() if is_dtensor(norm) else norm).double().reshape(())
+    norm = _as_norm(total_norm)
     grads = local_grads(plan_for(modules, params), params)
     scale_(grads, clip_coefficient(max_norm, norm), foreach)
 
@@ -158,3 +158,17 @@ def clip_grad_value_(
     grads = local_grads(plan, params)
     check_limits(plan, grads, bounds)
     clamp_(grads, bounds, foreach)
+
+
+def _as_norm(total_norm: Tensor | float) -> Tensor:
+    """What a user passed as a norm; float64, 0-d. A tensor is not looked at, which would wait for its device."""
+    if not isinstance(total_norm, Tensor):
+        number = as_number("total_norm", total_norm)
+        if number < 0:
+            raise ValueError(f"total_norm must be at least 0, got {shown(total_norm)}: gradients would change sign")
+        return torch.tensor(number, dtype=torch.float64)
+    if total_norm.is_complex() or total_norm.is_meta:
+        raise TypeError(f"total_norm must be a real number, got a tensor of {total_norm.dtype} on {total_norm.device}")
+    if total_norm.numel() != 1:
+        raise ValueError(f"total_norm must be one number, got a tensor of shape {tuple(total_norm.shape)}")
+    return (total_norm.full_tensor() if is_dtensor(total_norm) else total_norm).double().reshape(())

@@ -15,6 +15,15 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(names)}"
 
 
+def shown(value: object, most: int = 200) -> str:
+    """``repr(value)`` for an error, cut short; the type of what has none (Python prints no int of 5000 digits)."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever a repr of somebody else's raises, the error that is being told matters more
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def optional(module: str, extra: str) -> ModuleType:
     """Import what only an extra of distclip brings.
 

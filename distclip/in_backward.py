@@ -23,6 +23,7 @@ from distclip import backward, engine
 from distclip.apply import Effect, apply, scale_
 from distclip.gradients import check_limits, local_grads, version_of
 from distclip.groups import comm_device
+from distclip.hints import shown
 from distclip.kernels.common import WIDE
 from distclip.layout import RankGroup
 from distclip.layout.dtensor import is_dtensor, kinds, reduced
@@ -302,6 +303,23 @@ def _one_by_one(plan: Plan, params: list[Tensor], communicate: bool) -> Iterator
             )
             yield place, (single, int(plan.slots[tensor]), tensor)
         tensor += len(layout.pieces)
+
+
+def check_carried(state: object) -> None:
+    """Raise where this is not what ``InBackward.state_dict`` returns.
+
+    Raises:
+        ValueError: it names what is wrong.
+    """
+    if state == {}:
+        return
+    if not isinstance(state, dict) or state.keys() != {"coefficient", "threshold"}:
+        raise ValueError(f"state_dict['in_backward'] must hold coefficient and threshold, got {shown(state)}")
+    values = state["coefficient"]
+    numbers = [*values.values()] if isinstance(values, dict) else [values]
+    for name, each in [*(("coefficient", number) for number in numbers), ("threshold", state["threshold"])]:
+        if not isinstance(each, int | float) or isinstance(each, bool) or not each >= 0:
+            raise ValueError(f"state_dict['in_backward'][{name!r}] must hold numbers of at least 0, got {shown(each)}")
 
 
 def _refuse_clipped(name: str, grad: Tensor) -> None:

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from distclip.alarms import Alarm, default_alarms
 from distclip.clipper import GradClipper
+from distclip.hints import shown
 from distclip.layout.dtensor import is_dtensor
 from distclip.record import RESERVED, Event, Record
 from distclip.report import ClipReport, metrics_of, read
-from distclip.rules.thresholds import checked_count
+from distclip.rules.thresholds import as_number, checked_count
 from distclip.sinks.base import Sink, as_sink
 from distclip.warning import warn
 
@@ -63,7 +64,7 @@ class Monitor:
 
     Raises:
         ValueError: ``log_every`` is below 1, or a path of another kind.
-        TypeError: a sink is of another type.
+        TypeError: an argument, a sink or an alarm is of another type.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -84,12 +85,21 @@ class Monitor:
         alarms: Iterable[Alarm] | None = None,
         main: bool | None = None,
     ) -> None:
+        if not isinstance(clipper, GradClipper):
+            raise TypeError(f"clipper must be a GradClipper, got {shown(clipper)}")
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a text, got {shown(prefix)}")
+        if isinstance(sinks, str | os.PathLike) or not isinstance(sinks, Iterable):
+            raise TypeError(f"sinks must be a list of Sinks, paths or functions, got {shown(sinks)}")
         self.log_every = checked_count("log_every", log_every)
         self._main = (not dist.is_initialized() or dist.get_rank() == 0) if main is None else main
         self._sinks = [as_sink(sink) for sink in sinks]
         self._alarms = default_alarms(clipper.rule) if alarms is None else list(alarms)
         self._waiting: list[_Waiting] = []
         self._clipped: deque[bool] = deque(maxlen=_FRACTION)
+        for alarm in self._alarms:
+            if not isinstance(alarm, Alarm):
+                raise TypeError(f"alarms must hold objects of distclip.alarms, got {shown(alarm)}")
         self._rule = clipper.rule
         self._prefix = prefix
         self._started = False
@@ -213,7 +223,7 @@ def _value(name: str, value: Any) -> Tensor | float:
     if name in RESERVED:
         raise ValueError(f"log({name}=...): every record has a {name!r} of its own; take another name")
     if not isinstance(value, Tensor):
-        return float(value)
+        return as_number(f"log({name}=...)", value)
     if is_dtensor(value):
         if not all(placement.is_replicate() for placement in value.placements):
             raise TypeError(
@@ -223,6 +233,9 @@ def _value(name: str, value: Any) -> Tensor | float:
         value = value.to_local()
     if value.numel() != 1:
         raise ValueError(f"log({name}=...) takes single numbers, got a tensor of shape {tuple(value.shape)}")
+    if value.is_complex() or value.is_meta or value.layout != torch.strided:
+        # Else the error would come from a later flush, in the middle of training.
+        raise TypeError(f"log({name}=...) takes real numbers, got a {value.layout} {value.dtype} on {value.device}")
     number: Tensor = value.detach().clone()
     return number
 

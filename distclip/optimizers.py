@@ -37,6 +37,8 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> tuple[Op
     """
     if optimizer is None:
         return ()
+    if not isinstance(optimizer, Optimizer | Iterable):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {type(optimizer).__name__}")
     given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     for item in given:
         if not isinstance(item, Optimizer):

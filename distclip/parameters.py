@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from distclip.hints import shown
 from distclip.layout.fsdp2 import sharded_parameters
 from distclip.layout.zero import is_engine
 from distclip.warning import warn
@@ -40,8 +41,8 @@ def split(parameters: Parameters, may_be_empty: bool = False) -> tuple[list[nn.M
             tensors.append(item)
         else:
             raise TypeError(
-                f"parameters must hold tensors or modules, got {type(item).__name__}: {item!r:.80}. Pass a model, a "
-                "tensor, or an iterable of them (for optimizer param groups: group['params'])."
+                f"parameters must hold tensors or modules, got {type(item).__name__}: {shown(item, 80)}. Pass a "
+                "model, a tensor, or an iterable of them (for optimizer param groups: group['params'])."
             )
     if not tensors and not may_be_empty:
         _warn_empty(parameters)
@@ -52,7 +53,7 @@ def _listed(parameters: Any) -> list[Any]:
     if not isinstance(parameters, Iterable) or isinstance(parameters, str | bytes):
         raise TypeError(
             f"parameters must be a module, a tensor or an iterable of them, got {type(parameters).__name__}: "
-            f"{parameters!r:.80}"
+            f"{shown(parameters, 80)}"
         )
     return list(parameters)
 
@@ -98,6 +99,8 @@ def as_modules(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
     Raises:
         TypeError: something in it is no module.
     """
+    if not isinstance(model, nn.Module | Iterable):
+        raise TypeError(f"model must be a torch.nn.Module or an iterable of them, got {shown(model)}")
     modules = [model] if isinstance(model, nn.Module) else list(model)
     for module in modules:
         if not isinstance(module, nn.Module):

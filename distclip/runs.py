@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distclip.record import RESERVED, Event, Record
+from distclip.rules.thresholds import LARGEST_COUNT
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path that holds a zero byte
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     info: dict[str, Any] = {}
     records: dict[int, Record] = {}
     events: list[Event] = []
@@ -86,13 +87,14 @@ def _parsed(line: str) -> dict[str, Any]:
     """What a line holds; {} where that is not what distclip writes."""
     try:
         told = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second of what is nested deeper than Python's stack
         return {}
     if not isinstance(told, dict):
         return {}
-    if told.get("kind") in ("step", "alarm") and not (isinstance(told.get("step"), int) and told["step"] >= 0):
+    step = told.get("step")
+    if told.get("kind") in ("step", "alarm") and (not isinstance(step, int) or isinstance(step, bool)):
         return {}
-    return told
+    return told if not isinstance(step, int) or 0 <= step <= LARGEST_COUNT else {}
 
 
 def _record(told: dict[str, Any]) -> Record:
@@ -106,14 +108,24 @@ def _event(told: dict[str, Any]) -> Event:
     values = told.get("values")
     return Event(
         told["step"],
-        str(told.get("alarm", "")),
-        str(told.get("message", "")),
+        text_in(told, "alarm"),
+        text_in(told, "message"),
         {str(key): _number(value) for key, value in values.items()} if isinstance(values, dict) else {},
     )
+
+
+def text_in(told: Mapping[str, Any], key: str) -> str:
+    """The text that stands under ``key``; none where something else does."""
+    text = told.get(key)
+    # Lone halves of a character, which JSON can hold, could not be printed.
+    return text.encode(errors="replace").decode() if isinstance(text, str) else ""
 
 
 def _number(value: Any) -> float:
     """A number, or one of the texts that stand for inf and NaN; NaN for all else."""
     if isinstance(value, bool | int | float):
-        return float(value)
-    return float(value) if value in ("inf", "-inf", "nan") else math.nan
+        try:
+            return float(value)
+        except OverflowError:  # an int of hundreds of digits: no float that a sink wrote
+            return math.nan
+    return float(value) if isinstance(value, str) and value in ("inf", "-inf", "nan") else math.nan

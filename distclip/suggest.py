@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distclip.rules import parse
-from distclip.runs import Run
+from distclip.runs import Run, text_in
 from distclip.summary import finite, quantile
 
 PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
@@ -62,7 +62,7 @@ def suggest(run: Run) -> Suggestions:
 def _norm_type(run: Run) -> float:
     """Of the norms in a log: that of its rule. A rule that no text can say is taken to go by L2."""
     try:
-        return parse(str(run.info.get("rule", ""))).norm_type
+        return parse(text_in(run.info, "rule")).norm_type
     except (ValueError, TypeError):
         return 2.0
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distclip.runs import Run
+from distclip.runs import Run, text_in
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def summary_of(run: Run) -> Summary:
     part = max(1, len(losses) // 20)
     return Summary(
         name=run.name,
-        rule=str(run.info.get("rule", "")),
+        rule=text_in(run.info, "rule"),
         steps=len(run.records),
         first_step=run.records[0].step,
         last_step=run.records[-1].step,
@@ -83,4 +83,5 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+    # Divided first: a sum of the largest floats is none.
+    return math.fsum(value / len(values) for value in values) if values else math.nan

@@ -8,7 +8,7 @@ from typing import Any
 
 from distclip.check.facts import SECTION, Engine, Facts
 from distclip.files import load_mapping
-from distclip.hints import optional
+from distclip.hints import optional, shown
 
 _STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
 _DEEPSPEED_KEYS = {"zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "fp16", "bf16"}
@@ -78,6 +78,8 @@ def _deepspeed_of(path: Path, section: Mapping[str, Any]) -> tuple[dict[str, Any
     """DeepSpeed's config as Accelerate makes it of its section, and where its keys stand."""
     named = section.get("deepspeed_config_file")
     if named:
+        if not isinstance(named, str):
+            raise ValueError(f"{path}: deepspeed_config_file must be a path, got {shown(named)}")
         places = [Path(named), path.parent / named]
         return load_mapping(next((place for place in places if place.exists()), places[0])), f"{named}: "
     made: dict[str, Any] = {"zero_optimization": {"stage": section.get("zero_stage", 2)}}

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from distclip.hints import shown
 from distclip.layout.base import GradLayout, RankGroup
 from distclip.layout.memory import Memory
 
@@ -119,8 +120,12 @@ def as_rank_group(name: str, group: object) -> RankGroup | None:
             raise ValueError(f"{name}: rank {dist.get_rank()} is not in {group}")
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
-        if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns to ranks outside
+        if (
+            isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER
+        ):  # what new_group returns to ranks outside
             raise ValueError(f"{name}: rank {dist.get_rank()} is not in the group; pass None there")
-        raise TypeError(f"{name} must be a ProcessGroup or a 1-D DeviceMesh, got {type(group).__name__}: {group!r:.80}")
+        raise TypeError(
+            f"{name} must be a ProcessGroup or a 1-D DeviceMesh, got {type(group).__name__}: {shown(group, 80)}"
+        )
     found = RankGroup.of(group)
     return found if len(found.ranks) > 1 else None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from distclip.hints import shown
 from distclip.rules.base import Decision, Norms, Rule, full
 from distclip.rules.tensors import Patterns
 from distclip.rules.thresholds import Threshold, checked, checked_threshold, threshold_at
@@ -90,7 +93,11 @@ def as_patterns(name: str, patterns: object) -> Patterns:
     Raises:
         TypeError: something in it is no text.
     """
-    several = (patterns,) if isinstance(patterns, str) else tuple(patterns)  # type: ignore[arg-type]
+    if isinstance(patterns, str):
+        return (patterns,)
+    several = tuple(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, Tensor) else (patterns,)
     if not all(isinstance(pattern, str) for pattern in several):
-        raise TypeError(f"{name} must be a pattern of parameter names such as 'head.*', or several, got {patterns!r}")
+        raise TypeError(
+            f"{name} must be a pattern of parameter names such as 'head.*', or several, got {shown(patterns)}"
+        )
     return several

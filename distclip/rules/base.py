@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distclip.hints import shown
 from distclip.rules.tensors import Tensors
 from distclip.rules.thresholds import schedule_name
 
@@ -193,8 +194,9 @@ class Rule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, but state_dict holds {sorted(state)}")
+        if state != {}:
+            held = sorted(state, key=str) if isinstance(state, Mapping) else state
+            raise ValueError(f"{type(self).__name__} keeps no state, but state_dict holds {shown(held)}")
 
     def __str__(self) -> str:
         from distclip.rules.text import text_of  # which knows all rules

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from distclip.hints import shown
 from distclip.rules.adaptive import as_patterns
 from distclip.rules.base import Bounds, Decision, Limits, Norms, Rule
 from distclip.rules.norm import ClipByGlobalNorm
@@ -62,6 +63,8 @@ class Chain(_Composed):
     rules: Sequence[Any]
 
     def __post_init__(self) -> None:
+        if isinstance(self.rules, str) or not isinstance(self.rules, Iterable):
+            raise TypeError(f"rules must be a list of rules, got {shown(self.rules)}")
         self.rules = tuple(as_rule(rule) for rule in self.rules)
         _check_distinct(self, self.rules)
 
@@ -96,6 +99,8 @@ class PerGroup(_Composed):
     rules: Mapping[Any, Any]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rules, Mapping):
+            raise TypeError(f"rules must be a dict of rules by patterns of names, got {shown(self.rules)}")
         self.rules = {as_patterns("rules", key): as_rule(rule) for key, rule in self.rules.items()}
         chosen = list(self.rules.values())
         _check_distinct(self, chosen)
@@ -258,16 +263,18 @@ def as_rule(rule: object) -> Rule:
 
     Raises:
         TypeError: it is something else.
+        ValueError: a list that holds itself.
     """
     if isinstance(rule, Rule):
         return rule
-    if isinstance(rule, Mapping):
-        return PerGroup(rule)
-    if isinstance(rule, list | tuple):
-        return Chain(rule)
+    if isinstance(rule, Mapping | list | tuple):
+        try:
+            return PerGroup(rule) if isinstance(rule, Mapping) else Chain(rule)
+        except RecursionError:
+            raise ValueError(f"rule holds itself, or is nested too deeply: {shown(rule)}") from None
     hint = ": build it by distclip.rules.parse(text)" if isinstance(rule, str) else ""
     if isinstance(rule, bool) or not isinstance(rule, Real):
-        raise TypeError(f"rule must be a number (the largest global L2 norm) or a Rule, got {rule!r}{hint}")
+        raise TypeError(f"rule must be a number (the largest global L2 norm) or a Rule, got {shown(rule)}{hint}")
     return ClipByGlobalNorm(checked("max_norm", rule))
 
 

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distclip.hints import shown
 from distclip.rules.base import Decision, Norms
 from distclip.rules.norm import coefficient_within
-from distclip.rules.state import EMPTY, StatefulRule, pushed, quantile, rank_in, window_state
-from distclip.rules.thresholds import Threshold, checked, checked_count, checked_decay, checked_threshold, threshold_at
+from distclip.rules.state import (
+    EMPTY,
+    StatefulRule,
+    check_at_least_zero,
+    check_window,
+    pushed,
+    quantile,
+    rank_in,
+    window_state,
+)
+from distclip.rules.thresholds import (
+    Threshold,
+    checked,
+    checked_count,
+    checked_decay,
+    checked_threshold,
+    checked_window,
+    threshold_at,
+)
 
 
 class _Quantiles(StatefulRule):
@@ -20,6 +39,10 @@ class _Quantiles(StatefulRule):
 
     def initial(self) -> dict[str, float | list[float]]:
         return {"norms": window_state(self._length()), "seen": 0.0}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_window(type(self).__name__, state, "norms", "seen", self._length())
+        check_at_least_zero(type(self).__name__, state)
 
     def _length(self) -> int:
         raise NotImplementedError
@@ -65,7 +88,7 @@ class AutoClip(_Quantiles):
         if not callable(self.percentile) and self.percentile > 100:
             raise ValueError(f"percentile must be between 0 and 100, got {self.percentile!r}")
         if self.history is not None:
-            self.history = checked_count("history", self.history)
+            self.history = checked_window("history", self.history)
 
     def decide(self, norms: Norms) -> Decision:
         percentile = threshold_at("percentile", self.percentile, norms.step)
@@ -116,7 +139,7 @@ class QuantileClip(_Quantiles):
         self.q = checked_threshold("q", self.q)
         if not callable(self.q) and self.q > 1:
             raise ValueError(f"q must be between 0 and 1, got {self.q!r}")
-        self.window = checked_count("window", self.window)
+        self.window = checked_window("window", self.window)
         self.factor = checked_threshold("factor", self.factor)
 
     def decide(self, norms: Norms) -> Decision:
@@ -178,12 +201,17 @@ class ZClip(StatefulRule):
         self.warmup_steps = checked_count("warmup_steps", self.warmup_steps)
         self.clip_factor = checked("clip_factor", self.clip_factor)
         for name, known in (("mode", ("zscore", "percentile")), ("clip_option", ("adaptive_scaling", "mean"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
+            chosen = getattr(self, name)
+            # Asked for its type first: arrays answer == with arrays.
+            if not isinstance(chosen, str) or chosen not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {shown(chosen)}")
 
     def initial(self) -> dict[str, float | list[float]]:
         # While warming up, mean and variance are those of the norms so far: no buffer is needed.
         return {"seen": 0.0, "mean": 0.0, "variance": 0.0}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_at_least_zero(type(self).__name__, state, finite=True)
 
     def decide(self, norms: Norms) -> Decision:
         state, total = self.recall(norms), norms.total

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distclip.rules.base import Decision, Norms, Rule, full
-from distclip.rules.state import EMPTY, State, StatefulRule, pushed, window_state
-from distclip.rules.thresholds import Threshold, checked_count, checked_threshold, threshold_at
+from distclip.rules.state import EMPTY, State, StatefulRule, check_at_least_zero, check_window, pushed, window_state
+from distclip.rules.thresholds import Threshold, checked_threshold, checked_window, threshold_at
 
 Moments = tuple[Tensor, Tensor, Tensor]
 """Number, mean and standard deviation (unbiased)."""
@@ -69,15 +71,21 @@ class SkipOnSpike(StatefulRule):
     counts_skipped = True
 
     def __post_init__(self) -> None:
-        self.window = checked_count("window", self.window, 2)
+        self.window = checked_window("window", self.window, 2)
         self.sigma = checked_threshold("sigma", self.sigma)
-        self.min_history = checked_count("min_history", self.min_history, 2)
+        self.min_history = checked_window("min_history", self.min_history, 2)
         if self.min_history > self.window:
             raise ValueError(f"min_history must be at most window={self.window}, got {self.min_history}")
 
     def initial(self) -> dict[str, float | list[float]]:
         empty = window_state(self.window)
         return {"norms": empty, "norms_seen": 0.0, "losses": empty, "losses_seen": 0.0}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        for what in ("norms", "losses"):
+            check_window(type(self).__name__, state, what, f"{what}_seen", self.window)
+        # Losses may be negative.
+        check_at_least_zero(type(self).__name__, {key: value for key, value in state.items() if key != "losses"})
 
     def decide(self, norms: Norms) -> Decision:
         state, sigma = self.recall(norms), threshold_at("sigma", self.sigma, norms.step)

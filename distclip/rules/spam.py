@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.rules.base import Decision, Norms, Rule, full
-from distclip.rules.state import StatefulRule, combined_state, load_combined
+from distclip.rules.state import StatefulRule, check_at_least_zero, combined_state, load_combined
 from distclip.rules.thresholds import checked, checked_decay
 
 
@@ -65,6 +66,9 @@ class _Averages(StatefulRule):
     """Bias-corrected moving averages of each tensor."""
 
     needs_tensors = True
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_at_least_zero(type(self).__name__, state, finite=True)
 
     def _moved(self, name: str, decay: float, value: Tensor, norms: Norms, counts: Tensor) -> tuple[Tensor, Tensor]:
         """An average with ``value`` in it, where it counts; and without bias, for a tensor's ``steps + 1``."""

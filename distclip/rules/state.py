@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from distclip.hints import shown
 from distclip.rules.base import Norms, Rule
 
 State = dict[str, Tensor]
@@ -84,16 +85,48 @@ class StatefulRule(Rule):
         state = {key: value.tolist() for key, value in self._state.items()}
         return state | ({_NAMES: list(self._names)} if per_tensor else {})
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError where numbers cannot have come from this rule. Keys and types are right already."""
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned.
+        """Restore what ``state_dict`` returned; where that raises, the rule stays as it was.
 
         Raises:
-            ValueError: it is not of such a rule.
+            ValueError: it is not of such a rule; names the key.
+            TypeError: it is no dict.
         """
+        self._check_form(state)
+        self.check_state(state)
+        self._loaded, self._state, self._learned = dict(state), None, None
+
+    def _check_form(self, state: Mapping[str, Any]) -> None:
+        """Raise where keys or types of a state are not those of this rule's."""
+        rule, per_tensor, initial = type(self).__name__, self.initial_per_tensor(), self.initial()
+        check_is_dict(f"state of {rule}", state)
         wanted = self.state_dict().keys()
         if state.keys() != wanted:
-            raise ValueError(f"state of {type(self).__name__} must hold {sorted(wanted)}, got {sorted(state)}")
-        self._loaded, self._state, self._learned = dict(state), None, None
+            raise ValueError(f"state of {rule} must hold {sorted(wanted)}, got {shown(sorted(state, key=str))}")
+        names = state.get(_NAMES, []) if per_tensor else []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"state of {rule}: names must be a list of the tensors' names, got {shown(names)}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"state of {rule}: names must be distinct, got {shown(names)}")
+        for key, value in state.items():
+            if key == _NAMES and per_tensor:
+                continue
+            start = per_tensor[key] if key in per_tensor else initial[key]
+            several = key in per_tensor or isinstance(start, list)
+            numbers = value if several and isinstance(value, list) else [value]
+            if several != isinstance(value, list) or not all(map(_is_number, numbers)):
+                form = "a list of numbers" if several else "a number"
+                raise ValueError(f"state of {rule}: {key} must be {form}, got {shown(value)}")
+            if key in per_tensor and len(numbers) != len(names):
+                raise ValueError(f"state of {rule}: {key} holds {len(numbers)} numbers for {len(names)} names")
+            # A rule whose memory begins with NaN means something by it.
+            if any(map(math.isnan, numbers)) and not any(
+                map(math.isnan, start if isinstance(start, list) else [start])
+            ):
+                raise ValueError(f"state of {rule}: {key} holds a NaN, which would never leave it")
 
     def _rearrange(self, names: tuple[str, ...], device: torch.device) -> None:
         """Bring what is kept for each tensor into the order of ``names``; those not seen before start anew."""
@@ -111,6 +144,40 @@ def _tensor(value: object, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device=device)
 
 
+def _is_number(value: object) -> bool:
+    """Whether a float64 can hold it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= 2**1000
+    return isinstance(value, float)
+
+
+def check_is_dict(what: str, state: object) -> None:
+    """Raise TypeError where somebody passes something else."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{what} must be a dict as state_dict() returned it, got {shown(state)}")
+
+
+def check_at_least_zero(rule: str, state: Mapping[str, Any], finite: bool = False) -> None:
+    """Raise ValueError where a number is negative, or (``finite``) infinite; of keys that hold numbers."""
+    for key, value in state.items():
+        numbers = [] if key == _NAMES else value if isinstance(value, list) else [value]
+        if any(number < 0 for number in numbers) or (finite and any(map(math.isinf, numbers))):
+            raise ValueError(
+                f"state of {rule}: {key} must be at least 0{' and finite' if finite else ''}, got {shown(value)}"
+            )
+
+
+def check_window(rule: str, state: Mapping[str, Any], key: str, seen: str, length: int) -> None:
+    """Raise ValueError where a window is not as long as the rule's (0: any length), or not as full as it was seen to
+    be."""
+    window, count = state[key], state[seen]
+    if length and len(window) != length:
+        raise ValueError(f"state of {rule}: {key} holds {len(window)} values, this rule looks back on {length}")
+    full = sum(value != EMPTY for value in window)
+    if full != (min(count, length) if length else count):
+        raise ValueError(f"state of {rule}: {key} holds {full} values, but {seen} says that {shown(count)} came")
+
+
 def combined_state(rules: Mapping[str, Rule]) -> dict[str, Any]:
     """The states of several rules, each under its key."""
     return {key: rule.state_dict() for key, rule in rules.items()}
@@ -119,15 +186,27 @@ def combined_state(rules: Mapping[str, Rule]) -> dict[str, Any]:
 def load_combined(owner: Rule, rules: Mapping[str, Rule], state: dict[str, Any]) -> None:
     """Restore what ``combined_state`` returned.
 
+    Where that raises, all of them stay as they were.
+
     Raises:
         ValueError: it is of other rules.
+        TypeError: it is no dict.
     """
+    check_is_dict(f"state of {type(owner).__name__}", state)
     # An empty state leaves no trace in some checkpoints.
     wanted = {key for key, rule in rules.items() if rule.state_dict()}
     if not wanted <= state.keys() <= rules.keys():
-        raise ValueError(f"state of {type(owner).__name__} must hold {sorted(rules)}, got {sorted(state)}")
-    for key, part in state.items():
-        rules[key].load_state_dict(part)
+        raise ValueError(
+            f"state of {type(owner).__name__} must hold {sorted(rules)}, got {shown(sorted(state, key=str))}"
+        )
+    before = combined_state(rules)
+    try:
+        for key, part in state.items():
+            rules[key].load_state_dict(part)
+    except Exception:
+        for key in state:
+            rules[key].load_state_dict(before[key])
+        raise
 
 
 # Stands where nothing is yet. No norm that counts is infinite; and unlike NaN it is equal to itself.

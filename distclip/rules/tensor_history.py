@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distclip.rules.base import Decision, Norms, full, held_to
-from distclip.rules.state import EMPTY, StatefulRule
+from distclip.rules.state import EMPTY, StatefulRule, check_at_least_zero
 from distclip.rules.thresholds import Threshold, checked_count, checked_decay, checked_threshold, threshold_at
 
 
@@ -17,6 +19,9 @@ class _PerTensor(StatefulRule):
 
     needs_per_tensor = True
     needs_tensors = True
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_at_least_zero(type(self).__name__, state)
 
     def _counts(self, norms: Norms) -> Tensor:
         """Which tensors have something to teach in this step."""

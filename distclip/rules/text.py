@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from distclip.hints import closest
+from distclip.hints import closest, shown
 from distclip.rules.adaptive import AdaptiveGradientClipping, CentralizeGradient
 from distclip.rules.base import Rule
 from distclip.rules.compose import Chain, PerGroup
@@ -38,6 +38,8 @@ NAMES: dict[str, type[Rule]] = {
 
 # What a parsed rule remembers of how it was written.
 _WRITTEN = "_written"
+# Levels of parentheses: nobody reads more, and Python's stack has an end.
+_DEEPEST = 20
 
 
 def parse(text: str) -> Rule:
@@ -58,8 +60,14 @@ def parse(text: str) -> Rule:
         skip_on_spike,sigma=6 | global_norm=1.0
 
     Raises:
-        ValueError: an unknown rule or option (the closest known one is named), or a value that does not fit.
+        ValueError: an unknown rule or option (the closest known one is named), one that stands twice, a value that
+            does not fit, or parentheses in more than 20 levels.
+        TypeError: ``text`` is no text.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"a rule must be written as a text, got {shown(text)}")
+    if _depth(text) > _DEEPEST:
+        raise ValueError(f"rule {shown(text)}: parentheses in more than {_DEEPEST} levels")
     rule = _parsed(text)
     setattr(rule, _WRITTEN, text.strip())
     return rule
@@ -85,7 +93,11 @@ def _parsed(text: str) -> Rule:
     text = _unwrapped(text.strip())
     groups = [part for part in _split(text, ";") if part.strip()]
     if groups and len(_split(groups[0], "->")) > 1:
-        return PerGroup(dict(_group(text, part) for part in groups))
+        pairs = [_group(text, part) for part in groups]
+        for place, (patterns, _) in enumerate(pairs):
+            if any(patterns == earlier for earlier, _ in pairs[:place]):
+                raise ValueError(f"rule {text!r}: {':'.join(patterns)!r} stands twice")
+        return PerGroup(dict(pairs))
     chain = _split(text, "|")
     if len(chain) > 1:
         return Chain([_parsed(part) for part in chain])
@@ -116,6 +128,8 @@ def _simple(text: str) -> Rule:
         key, _, value = (part.strip() for part in option.partition("="))
         if key not in known:
             raise ValueError(f"rule {text!r}: unknown option {key!r}{closest(key, known)}")
+        if key in arguments:
+            raise ValueError(f"rule {text!r}: {key!r} stands twice")
         arguments[key] = _value(text, known[key], value)
     try:
         return rule(**arguments)
@@ -189,6 +203,15 @@ def _unwrapped(text: str) -> str:
         text = inner.strip()
         inner = text[1:-1]
     return text
+
+
+def _depth(text: str) -> int:
+    """How many parentheses are open at once."""
+    depth = deepest = 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _balanced(text: str) -> bool:

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from distclip.hints import shown
 
 Threshold = float | Callable[[int], float]
 """A number, or a function of the step (0, 1 ...) that returns one."""
+
+LARGEST_COUNT = 2**53
+"""Up to here float64, in which rules count, knows every whole number."""
 
 
 def schedule_name(schedule: Callable[..., Any]) -> str:
     """What a schedule is called, the same on every rank (its ``repr`` holds an address)."""
     return str(getattr(schedule, "__qualname__", type(schedule).__qualname__))
+
+
+def as_number(name: str, value: object) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is an int that no float can hold.
+    """
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float can hold (or inf), got {shown(value)}") from None
+    # RuntimeError: what tensors of several elements, or without data, say.
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number, got {shown(value)}") from error
 
 
 def checked(name: str, value: object, *, above_zero: bool = False) -> float:
@@ -21,13 +42,22 @@ def checked(name: str, value: object, *, above_zero: bool = False) -> float:
         ValueError: it is NaN or negative (or 0, where it must be above).
         TypeError: it is not a number.
     """
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a number, got {value!r}") from error
+    number = as_number(name, value)
     if number > 0 or (number == 0 and not above_zero):
         return number
-    raise ValueError(f"{name} must be {'above 0' if above_zero else 'at least 0'}, got {value!r}")
+    raise ValueError(f"{name} must be {'above 0' if above_zero else 'at least 0'}, got {shown(value)}")
+
+
+def checked_choice(name: str, value: object, known: Sequence[str]) -> str:
+    """``value`` as one of the names that are ``known``.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    # Asked for its type first: arrays answer == with arrays.
+    if isinstance(value, str) and value in known:
+        return value
+    raise ValueError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
 
 
 def checked_threshold(name: str, value: Threshold, *, above_zero: bool = False) -> Threshold:
@@ -49,7 +79,7 @@ def checked_decay(name: str, value: float) -> float:
     """
     if checked(name, value) < 1:
         return float(value)
-    raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+    raise ValueError(f"{name} must be at least 0 and below 1, got {shown(value)}")
 
 
 def checked_every(name: str, value: Any, least: int) -> int:
@@ -59,16 +89,27 @@ def checked_every(name: str, value: Any, least: int) -> int:
         ValueError: it is no int, or below ``least``.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
+        raise ValueError(f"{name} must be a whole number from {least} on, got {shown(value)}")
+    if value > LARGEST_COUNT:
+        raise ValueError(f"{name} must be at most 2**53, got {shown(value)}")
     return value
 
 
-def checked_count(name: str, value: int, least: int = 1) -> int:
-    """``value`` as a number of steps.
+def checked_count(name: str, value: object, least: int = 1, most: int = LARGEST_COUNT) -> int:
+    """``value`` as a number of steps; a float that is whole will do.
 
     Raises:
-        ValueError: it is no whole number, or below ``least``.
+        ValueError: it is no whole number, below ``least`` or above ``most``.
+        TypeError: it is not a number.
     """
-    if isinstance(value, bool) or int(value) != value or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return int(value)
+    number = as_number(name, value)
+    if isinstance(value, bool | str) or not number.is_integer() or number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, got {shown(value)}")
+    return int(number)
+
+
+def checked_window(name: str, value: object, least: int = 1) -> int:
+    """``value`` as a number of steps whose norms are all kept; errors as ``checked_count``."""
+    return checked_count(name, value, least, most=2**24)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from distclip.rules.base import Bounds, Decision, Limits, Norms, Rule, full
-from distclip.rules.thresholds import checked
+from distclip.rules.thresholds import as_number, checked
 
 
 @dataclass
@@ -65,7 +65,7 @@ def value_bounds(clip_value: float | Bounds) -> Bounds:
     if isinstance(clip_value, tuple | list):
         if len(clip_value) != 2:
             raise ValueError(f"clip_value must be a number or a pair (lo, hi), got {clip_value!r}")
-        low, high = (float(bound) for bound in clip_value)
+        low, high = (as_number("clip_value", bound) for bound in clip_value)
         if not low <= high:
             raise ValueError(f"clip_value must be a pair (lo, hi) with lo <= hi, got {clip_value!r}")
         return low, high

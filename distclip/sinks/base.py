@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distclip.hints import shown
 from distclip.record import Event, Record
 
 
@@ -43,9 +44,10 @@ def as_sink(sink: Any) -> Sink:
     if isinstance(sink, Sink):
         return sink
     if isinstance(sink, str | os.PathLike):
-        if not os.fspath(sink).endswith(".jsonl"):
-            raise ValueError(f"sinks: a path must end in .jsonl, got {os.fspath(sink)!r}")
-        return JsonLines(sink)
+        path = os.fsdecode(sink)
+        if not path.endswith(".jsonl"):
+            raise ValueError(f"sinks: a path must end in .jsonl, got {path!r}")
+        return JsonLines(path)
     if callable(sink):
         return Call(sink)
-    raise TypeError(f"sinks must be Sinks, paths or functions, got {type(sink).__name__}: {sink!r:.80}")
+    raise TypeError(f"sinks must be Sinks, paths or functions, got {type(sink).__name__}: {shown(sink, 80)}")
