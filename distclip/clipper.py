@@ -231,7 +231,9 @@ class GradClipper:
 
         Raises:
             RuntimeError: a non-finite norm with ``nonfinite="raise"``; gradients that FSDP has not reduced yet; ranks
-                that disagree.
+                that disagree; on the CPU, the clip before raised on other ranks alone (by an error in
+                ``Rule.decide``). From torch.distributed, with a note: a rank was lost; no gradient was changed here,
+                but for those of a rule that takes several all-reduces.
             Failure: another rank raised, and says why.
             TypeError: a gradient that the rule cannot be defined for (complex or sparse under ClipByValue).
             OverflowError: ``|g|**p`` leaves float64.
@@ -251,7 +253,12 @@ class GradClipper:
     def _clip_under(self, scaler: torch.amp.GradScaler | None, loss: Tensor | None = None) -> ClipReport:
         """``clip()`` with this scaler."""
         plan = self._current_plan()
-        self._warn_if_out_of_turn()
+        try:
+            self._warn_if_out_of_turn()
+        except Warning:
+            # Warnings are errors here: one that this rank alone has is told before the others wait for it.
+            engine.tell(plan, self.rule, self._moment(), Failure)
+            raise
         try:
             report = self._clip_by(plan, scaler, loss)
         except StalePlan:

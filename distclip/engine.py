@@ -49,10 +49,12 @@ class Moment:
     tells_all: bool = True
     """Whether the report holds them, where they are measured."""
 
-    @property
-    def how(self) -> str:
+    def how(self, plan: Plan) -> str:
         """What ranks must agree on in each clip besides the rule."""
-        return how_of(self.nonfinite)
+        # A rank whose clip raised after the all-reduce could not tell the others any more, which clipped: its number
+        # tells them now. Not on an accelerator, where nobody looks and each new text is a copy that waits.
+        on_host = plan.wire is not None and plan.wire.type == "cpu"
+        return how_of(self.nonfinite) + (f", clip number {self.step + 1}" if on_host else "")
 
     def passes(self, rule: Rule) -> list[Pass]:
         """The passes that the rule takes."""
@@ -97,7 +99,7 @@ def judge(plan: Plan, grads: dict[torch.device, LocalGrads], rule: Rule, moment:
     for wanted in passes:
         if outcomes:
             apply(plan, grads, outcomes[-1].effect, scale, unscale=False)
-        norms = measure(plan, grads, wanted, moment.how, seen=seen)
+        norms = measure(plan, grads, wanted, moment.how(plan), seen=seen)
         if scale is not None:
             norms = norms.divided_by(scale.to(norms.total.device))
         if not outcomes and moment.nonfinite == "raise":
@@ -153,7 +155,7 @@ def own_gradients(
     find: Callable[[Plan, Sequence[Tensor]], dict[torch.device, LocalGrads]] = local_grads,
 ) -> dict[torch.device, LocalGrads]:
     """This rank's gradients; where they cannot be clipped, the others learn of it before this rank raises."""
-    first, how = moment.passes(rule)[0], moment.how
+    first, how = moment.passes(rule)[0], moment.how(plan)
     try:
         if plan.settled:
             forewarn(plan, first, how)
@@ -187,9 +189,9 @@ def tell(plan: Plan, rule: Rule, moment: Moment, trouble: type[Exception]) -> No
         with contextlib.suppress(StalePlan, Failure):
             first = moment.passes(rule)[0]
             if plan.settled:
-                forewarn(plan, first, moment.how, trouble)
+                forewarn(plan, first, moment.how(plan), trouble)
             else:
-                measure(plan, {}, first, moment.how, trouble)
+                measure(plan, {}, first, moment.how(plan), trouble)
 
 
 def raise_if(found: Tensor, norm_type: float) -> None:

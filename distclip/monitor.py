@@ -7,6 +7,7 @@ with one copy from the device.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import time
 import weakref
@@ -214,6 +215,8 @@ class Monitor:
                 call(sink)
             except Exception as error:  # whatever a sink does, training goes on
                 self._sinks.remove(sink)
+                with contextlib.suppress(Exception):  # it may hold a file
+                    sink.close()
                 warn(f"{type(sink).__name__} failed and gets no more records: {type(error).__name__}: {error}")
 
 

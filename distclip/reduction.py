@@ -201,7 +201,7 @@ def forewarn(plan: Plan, wanted: Pass, how: str = "", trouble: type[Exception] |
     group = plan.participants.group
     if group is not None and plan.wire is not None and plan.wire.type == "cpu":
         header = _header(wanted.signature + how, trouble is StalePlan, trouble is Failure, plan.wire)
-        dist.all_reduce(header, group=group)
+        _add_up(plan.participants, header)
         _check_header(plan, group, wanted.signature + how, header)
 
 
@@ -233,7 +233,11 @@ def _check_header(plan: Plan, group: dist.ProcessGroup, text: str, header: Tenso
         raise StalePlan
     if signatures != len(plan.participants) * _signature(text):
         told = Wire(plan.participants.ranks, group).told(text)
-        raise RuntimeError(f"the ranks that clip together disagree on the rule:{told}\nNo gradient was changed.")
+        raise RuntimeError(
+            f"the ranks that clip together disagree on the rule:{told}\nNo gradient was changed. Clip by the same rule "
+            "on every rank. If the clips' numbers differ, one of them raised, or was interrupted, on some ranks alone, "
+            "or some did not load the clipper's state: resume all from a checkpoint."
+        )
 
 
 def _powers(
@@ -327,10 +331,25 @@ def _all_reduce(participants: Participants, sums: dict[str, Tensor], maxima: dic
     slots = added.new_zeros(len(participants), own.numel())
     slots[participants.index] = own
     buffer = torch.cat((added, slots.view(-1)))
-    dist.all_reduce(buffer, group=participants.group)
+    _add_up(participants, buffer)
     largest = buffer[added.numel() :].view_as(slots).amax(0)
     parts = torch.cat((buffer[: added.numel()], largest)).split([v.numel() for v in (*sums.values(), *maxima.values())])
     return dict(zip((*sums, *maxima), parts, strict=True))
+
+
+def _add_up(participants: Participants, buffer: Tensor) -> None:
+    """The one collective, in place. The backend's error says which connection broke, not in what."""
+    try:
+        dist.all_reduce(buffer, group=participants.group)
+    except RuntimeError as error:
+        ranks = participants.ranks
+        # Not an error of our own: launchers and frameworks know the backends' by their types.
+        error.add_note(
+            f"distclip: the all-reduce of this clip over {len(ranks)} ranks ({ranks[0]} to {ranks[-1]}) failed: one of "
+            "them ended, or did not clip within the process group's timeout. The gradients of this rank are as they "
+            "were before it. Other ranks may have clipped theirs: start all anew, from a checkpoint."
+        )
+        raise
 
 
 def may_leave_float64(p: float, pieces: list[Tensor]) -> bool:
