@@ -389,6 +389,7 @@ def test_four_ranks(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fails for want of a GPU")
+@pytest.mark.slow
 def test_a_rank_that_fails_is_told() -> None:
     results = bench_run.bench([Case("ddp", tensors=2, numel=8, ranks=2, device="cuda")], rounds=1)
     assert results.rows == ()

@@ -254,7 +254,9 @@ def test_every_rule_steps_with_the_gradients_that_one_process_would(case: Case) 
 
 
 @ranks(4, timeout=120)
-@pytest.mark.parametrize("case", [BY_NAME["zero2-fp32"], BY_NAME["zero3-fp32"]], ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(BY_NAME["zero2-fp32"], marks=pytest.mark.slow), BY_NAME["zero3-fp32"]], ids=str
+)
 def test_on_four_ranks(case: Case) -> None:
     engine = make_engine(case)
     clipper = GradClipper(engine, ClipByNorm(0.1))

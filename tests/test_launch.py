@@ -27,7 +27,7 @@ def steps(out: Path) -> list[dict[str, object]]:
     [
         pytest.param("ddp", 2, "lstm", marks=pytest.mark.slow),
         pytest.param("fsdp1", 2, "transformer", marks=pytest.mark.slow),
-        ("fsdp2", 2, "lstm"),
+        pytest.param("fsdp2", 2, "lstm", marks=pytest.mark.slow),
         pytest.param("hsdp", 4, "transformer", marks=pytest.mark.slow),
         pytest.param("tp", 2, "transformer", marks=pytest.mark.slow),
         pytest.param("hsdp+tp", 4, "transformer", marks=pytest.mark.slow),

@@ -474,7 +474,7 @@ def outcomes_of(layout: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.slow if name == "hsdp" else ()) for name in LAYOUTS]
+    "layout", [pytest.param(name, marks=pytest.mark.slow if name in ("hsdp", "fsdp2+tp") else ()) for name in LAYOUTS]
 )
 def test_layout(layout: str) -> None:
     check(outcomes_of(layout), layout == "experts")

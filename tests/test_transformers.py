@@ -407,7 +407,8 @@ def test_other_trainers_are_refused(tmp_path: Path) -> None:
             install(trainer)
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_the_example(size: int, tmp_path: Path) -> None:
     done = start("--steps", "4", "--out", str(tmp_path), ranks=size, script="transformers_train.py")
     assert done.returncode == 0, done.stdout + done.stderr
