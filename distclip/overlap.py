@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from distclip import backward
 from distclip.gradients import version_of
 from distclip.kernels import kernels_for
-from distclip.kernels.common import WIDE
+from distclip.kernels.common import WIDE, taken
 from distclip.layout import GradLayout
 from distclip.layout.dtensor import is_dtensor
 from distclip.layout.memory import Mark
@@ -113,7 +113,6 @@ class Overlap:
         self._arrived: list[tuple[object, Batch, list[int]]] = []
         self._whole: set[object] = set()
         self._served = 0
-        self._orders: dict[torch.device, tuple[list[int], Tensor]] = {}
 
     def follow(self, plan: Plan, params: ModuleParameters, p: float) -> None:
         """Have hooks on what is trained now, measure by this p. To be called before each clip; local."""
@@ -153,7 +152,7 @@ class Overlap:
         if not any(marks):
             return kernels.power_sums(pieces, p)
         missing = [piece for piece, mark in zip(pieces, marks, strict=True) if mark is None]
-        sums = self._put_together(device, marks, kernels.power_sums(missing, p) if missing else None)
+        sums = _put_together(marks, kernels.power_sums(missing, p) if missing else None)
         if not self._comparing:
             self._served += 1
             return sums
@@ -200,25 +199,6 @@ class Overlap:
             mark = None if grad is None else vars(grad).pop(_MEASURED, None)
             taken.append(mark if isinstance(mark, Measured) and grad is not None and mark.tells_of(grad, p) else None)
         return taken
-
-    def _put_together(self, device: torch.device, marks: list[Measured | None], fresh: Tensor | None) -> Tensor:
-        """One tensor of what the marks tell, and, where there is none, of the ``fresh`` in their order."""
-        starts: dict[Batch, int] = {}
-        size = 0 if fresh is None else fresh.numel()
-        read, order = iter(range(size)), []
-        for mark in marks:
-            if mark is not None and mark.batch not in starts:
-                starts[mark.batch] = size
-                size += mark.batch.sums.numel()
-            order.append(next(read) if mark is None else starts[mark.batch] + mark.index)
-        for batch in starts:
-            _wait_for(batch)
-        sums = torch.cat(([] if fresh is None else [fresh]) + [batch.sums for batch in starts])
-        # Autograd's order is that of the step before: nothing has to be sent to the device.
-        before = self._orders.get(device)
-        if before is None or before[0] != order:
-            before = self._orders[device] = order, torch.tensor(order, device=device)
-        return sums[before[1]]
 
     def _begin(self) -> None:
         """In the first hook of a backward: have what is left over measured when it ends."""
@@ -302,6 +282,22 @@ def _call(overlap: weakref.ref[Overlap], place: int | None, param: Tensor | None
             owner._end()
         elif param is not None:
             owner._come(place, param)
+
+
+def _put_together(marks: list[Measured | None], fresh: Tensor | None) -> Tensor:
+    """One tensor of what the marks tell, and, where there is none, of the ``fresh`` in their order."""
+    starts: dict[Batch, int] = {}
+    size = 0 if fresh is None else fresh.numel()
+    read, order = iter(range(size)), []
+    for mark in marks:
+        if mark is not None and mark.batch not in starts:
+            starts[mark.batch] = size
+            size += mark.batch.sums.numel()
+        order.append(next(read) if mark is None else starts[mark.batch] + mark.index)
+    for batch in starts:
+        _wait_for(batch)
+    # Autograd's order is that of the step before: nothing has to be sent to the device.
+    return taken(torch.cat(([] if fresh is None else [fresh]) + [batch.sums for batch in starts]), order)
 
 
 def _leave(batch: Batch, grads: list[Tensor | None]) -> None:

@@ -38,16 +38,9 @@ def draw(results: Results, out: str | os.PathLike[str]) -> Path:
         ValueError: another suffix, or ``out`` cannot be written.
     """
     path = checked_picture(out)
-    from distclip.plots.save import png_bytes, svg_bytes
+    from distclip.plots.save import figure_bytes, written
 
-    figure = bench_figure(results)
-    content = png_bytes(figure) if path.suffix.lower() == ".png" else svg_bytes(figure)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
-    return path
+    return written(path, figure_bytes(bench_figure(results), path.suffix.lower()))
 
 
 def bench_figure(results: Results) -> Any:

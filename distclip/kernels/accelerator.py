@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distclip.kernels import multi_norm, multi_scale
 from distclip.kernels.chunks import Chunks, can_cut, cut
-from distclip.kernels.common import by_dtype, modulus, real, taken
+from distclip.kernels.common import by_dtype, modulus, real, taken, together
 
 _NATIVE_SCALARS = frozenset({torch.float32, torch.float64})
 
@@ -36,8 +36,8 @@ def total_power(tensors: list[Tensor], p: float) -> Tensor:
     totals = []
     for group, _ in _groups(tensors, real if p == 2 else modulus):
         chunks = _to_sum(group, p)
-        totals.append(_joined(_foreach_sums(group, p), p) if chunks is None else multi_norm.total_power(chunks, p))
-    return totals[0] if len(totals) == 1 else _joined(torch.stack(totals), p)
+        totals.append(together(_foreach_sums(group, p), p) if chunks is None else multi_norm.total_power(chunks, p))
+    return totals[0] if len(totals) == 1 else together(torch.stack(totals), p)
 
 
 def _groups(tensors: list[Tensor], as_real: Callable[[Tensor], Tensor]) -> list[tuple[list[Tensor], list[int]]]:
@@ -52,23 +52,21 @@ def _groups(tensors: list[Tensor], as_real: Callable[[Tensor], Tensor]) -> list[
 
 
 def _to_sum(group: list[Tensor], p: float) -> Chunks | None:
-    """The group as Triton's kernels read it; None where torch serves."""
-    first = group[0]
-    return cut(group) if multi_norm.can_sum(first.device, first.dtype, p) and can_cut(first) else None
+    return _chunks(group, multi_norm.can_sum(group[0].device, group[0].dtype, p))
 
 
 def _to_scale(group: list[Tensor]) -> Chunks | None:
-    first = group[0]
-    return cut(group) if multi_scale.can_scale(first.device, first.dtype) and can_cut(first) else None
+    return _chunks(group, multi_scale.can_scale(group[0].device, group[0].dtype))
+
+
+def _chunks(group: list[Tensor], served: bool) -> Chunks | None:
+    """The group as Triton's kernels read it, where these have passed their trial; None where torch serves."""
+    return cut(group) if served and can_cut(group[0]) else None
 
 
 def _foreach_sums(group: list[Tensor], p: float) -> Tensor:
     norms = torch.stack(torch._foreach_norm(group, p, dtype=torch.float64))
     return norms if math.isinf(p) else norms.pow_(p)
-
-
-def _joined(sums: Tensor, p: float) -> Tensor:
-    return sums.amax() if math.isinf(p) else sums.sum()
 
 
 def extremes(tensors: list[Tensor]) -> Tensor:

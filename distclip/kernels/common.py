@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
@@ -42,6 +43,11 @@ def flat(tensor: Tensor) -> Tensor:
         axes = sorted(range(tensor.ndim), key=lambda axis: (tensor.stride(axis), tensor.size(axis)), reverse=True)
         tensor = tensor.permute(axes)
     return tensor.reshape(-1)
+
+
+def together(powers: Tensor, p: float) -> Tensor:
+    """The power sum of all, from those of each (see ``Kernels.power_sums``)."""
+    return powers.amax() if math.isinf(p) else powers.sum()
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from distclip.kernels.common import WIDE, by_dtype, flat, modulus, real
+from distclip.kernels.common import WIDE, by_dtype, flat, modulus, real, together
 
 # Elements summed in float32 before float64 takes over: in longer rows (one large element, then many equal ones) all
 # roundings can go to one side, which adds up to over 1e-6.
@@ -48,7 +48,7 @@ def total_power(tensors: list[Tensor], p: float) -> Tensor:
     for dtype, places in by_dtype(tensors):
         group = _chosen(tensors, places)
         total = _squared(group) if _is_fast(dtype, p) else None
-        totals.append(float(_combined(_each_in_float64(group, p), p)) if total is None else total)
+        totals.append(float(together(_each_in_float64(group, p), p)) if total is None else total)
     return torch.tensor(max(totals) if math.isinf(p) else sum(totals), dtype=torch.float64, device="cpu")
 
 
@@ -58,10 +58,6 @@ def _chosen(tensors: list[Tensor], places: list[int]) -> list[Tensor]:
 
 def _is_fast(dtype: torch.dtype, p: float) -> bool:
     return p == 2 and dtype not in WIDE
-
-
-def _combined(powers: Tensor, p: float) -> Tensor:
-    return powers.amax() if math.isinf(p) else powers.sum()
 
 
 def _each_squared(tensors: list[Tensor]) -> Tensor:

@@ -34,7 +34,15 @@ def plot(runs: Sequence[Run], out: str | os.PathLike[str], *, title: str | None 
         ValueError: no runs, another suffix, ``out`` is one of the logs or cannot be written.
     """
     path = checked_out(out, [run.path for run in runs])
-    content = _content(runs, path.suffix.lower(), title)
+    return written(path, _content(runs, path.suffix.lower(), title))
+
+
+def written(path: Path, content: bytes) -> Path:
+    """The file's path, when it is written; its folder is made.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -55,6 +63,11 @@ def checked_out(out: str | os.PathLike[str], logs: Sequence[Path]) -> Path:
     if path.resolve() in {log.resolve() for log in logs}:
         raise ValueError(f"out is one of the logs, which it would overwrite: {str(path)!r}")
     return path
+
+
+def figure_bytes(figure: Figure, suffix: str) -> bytes:
+    """The figure as a PNG or, of any other suffix, as an SVG."""
+    return png_bytes(figure) if suffix == ".png" else svg_bytes(figure)
 
 
 def png_bytes(figure: Figure) -> bytes:
@@ -89,4 +102,4 @@ def _content(runs: Sequence[Run], suffix: str, title: str | None) -> bytes:
     if suffix == ".html":
         return html_report(runs, title=title).encode("utf-8", errors="replace")
     figure = run_figure(runs[0], title=title) if len(runs) == 1 else comparison_figure(runs, title=title)
-    return png_bytes(figure) if suffix == ".png" else svg_bytes(figure)
+    return figure_bytes(figure, suffix)
