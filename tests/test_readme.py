@@ -102,6 +102,7 @@ def run(block: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.distributed.*is deprecated:FutureWarning")  # DeepSpeed's calls
+@pytest.mark.filterwarnings("ignore:step 61. the gradient norm jumped to 78:UserWarning")  # a picture's bad labels
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block(block: str) -> None:
     (printed,) = run_ranks(run, 1, block)
@@ -109,6 +110,8 @@ def test_block(block: str) -> None:
         assert "'total_norm': " in printed
     if "distclip.audit(" in block:
         assert "No finding." in printed
+    if "spikes.jsonl" in block:
+        assert printed == "11 steps were clipped\n"
     if "except ValueError as error" in block:
         assert "max_norm" in printed
 

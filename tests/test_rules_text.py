@@ -48,6 +48,7 @@ def test_a_rule_that_was_changed_tells_what_it_is_now() -> None:
     ("text", "message"),
     [
         ("zcilp", "unknown name 'zcilp'; did you mean 'zclip'"),
+        ("zclip,clip_factor=inf", "clip_factor must be finite, got inf"),
         ("zclip,z_tresh=3", "unknown option 'z_tresh'; did you mean 'z_thresh'"),
         ("zclip,mode=foo", "mode must be 'zscore' or 'percentile', got 'foo'"),
         ("zclip,skip_update_on_spike=1", "skip_update_on_spike must be true or false, got '1'"),

@@ -172,7 +172,7 @@ class ZClip(StatefulRule):
         warmup_steps: at least 1.
         mode: "zscore" or "percentile".
         clip_option: "adaptive_scaling" or "mean"; of "zscore".
-        clip_factor: of "adaptive_scaling".
+        clip_factor: of "adaptive_scaling"; finite.
         skip_update_on_spike: whether mean and variance pass over spikes. (The step itself is taken.)
 
     Raises:
@@ -200,6 +200,8 @@ class ZClip(StatefulRule):
         self.eps = checked("eps", self.eps)
         self.warmup_steps = checked_count("warmup_steps", self.warmup_steps)
         self.clip_factor = checked("clip_factor", self.clip_factor)
+        if math.isinf(self.clip_factor):
+            raise ValueError("clip_factor must be finite, got inf: one spike would make mean and variance infinite")
         for name, known in (("mode", ("zscore", "percentile")), ("clip_option", ("adaptive_scaling", "mean"))):
             chosen = getattr(self, name)
             # Asked for its type first: arrays answer == with arrays.
