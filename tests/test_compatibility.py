@@ -66,6 +66,16 @@ def test_audit_names_what_it_needs() -> None:
     assert done.stderr.startswith("audit_dependencies.sh: needs pip-audit, which is no part of this project")
 
 
+def test_audit_takes_what_could_not_be_looked_up_for_a_failure(tmp_path: Path) -> None:
+    """Without --strict pip-audit says "No known vulnerabilities found" of a mirror that knows no advisories."""
+    (tmp_path / "pip-audit").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "pip-audit").chmod(0o755)
+    done = run("/bin/bash", "launch/audit_dependencies.sh", "--desc", PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert done.stdout.split() == [
+        *("--strict", "--requirement", "constraints.txt", "--no-deps", "--disable-pip", "--desc")
+    ]
+
+
 def needed_by_torch() -> Iterator[Path]:
     """Folders and files in site-packages that torch needs to be imported, its own among them."""
     names, seen = ["torch"], set()
