@@ -18,6 +18,7 @@ from distclip.layout.declared import Group, as_rank_group
 from distclip.layout.dtensor import is_dtensor
 from distclip.parameters import Parameters, split
 from distclip.rules.norm import ClipByGlobalNorm, clip_coefficient
+from distclip.rules.stages import forget_passes
 from distclip.rules.thresholds import as_number, checked
 from distclip.rules.value import value_bounds
 
@@ -74,10 +75,13 @@ def clip_grad_norm_(
     """
     rule = ClipByGlobalNorm(max_norm, norm_type)
     modules, params = split(parameters, may_be_empty=pipeline_group is not None)
-    plan = plan_for(modules, params, engine.settings_of(rule), as_rank_group("pipeline_group", pipeline_group))
     nonfinite: engine.NonFinite = "raise" if error_if_nonfinite else "propagate"
-    refuse_scaled(params)
-    report = engine.clip(plan, rule, engine.Moment(params, nonfinite), foreach)
+    try:
+        plan = plan_for(modules, params, engine.settings_of(rule), as_rank_group("pipeline_group", pipeline_group))
+        refuse_scaled(params)
+        report = engine.clip(plan, rule, engine.Moment(params, nonfinite), foreach)
+    finally:
+        forget_passes(rule)
     tell(params, report.nonfinite)
     return report.total_norm
 

@@ -90,6 +90,14 @@ def passes_of(rule: Rule) -> list[Pass]:
     return list(passes)
 
 
+def forget_passes(rule: Rule) -> None:
+    """Let go of what ``passes_of`` keeps on a rule that was made for one clip.
+
+    A rule that is a stage of its own passes would wait for the garbage collector, which long runs switch off.
+    """
+    vars(rule).pop(_PASSES, None)
+
+
 def _cut(stages: Sequence[Rule], signature: str) -> list[Pass]:
     groups: list[list[Rule]] = []
     for stage in stages:
