@@ -80,7 +80,9 @@ class GradClipper:
             of all ranks, whatever the rule needs. They ride in the all-reduce of every clip (8 bytes a tensor), without
             another read. 0 for none.
         overlap: measure gradients while ``backward()`` still runs, so that ``clip()`` has the all-reduce left alone.
-            The clip's numbers are the same, and so are its collectives. Local: ranks may differ in it. See below.
+            The clip's numbers are the same, and so are its collectives. Ranks may differ in it if they reduce the norm;
+            where nothing is sharded (DDP) it must be the same on all, or they would round their norms in two ways:
+            an error at the first clip, by ``check``. See below.
 
     ``overlap=True`` moves the read of the gradients into ``backward()`` and does not save it: it can pay where a device
     has room beside ``backward()`` (while it waits for others, say). A CPU has none: there ``clip()`` is shorter, and

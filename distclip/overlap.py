@@ -2,7 +2,8 @@
 
 Who measures when is in the note of ``Overlap``. What was measured hangs on the gradient it was taken from, together
 with the state that the gradient was in, and dies with it: a gradient that was exchanged, freed or written to since is
-measured by ``clip()``, as is one that nobody measured. So nothing here has to be complete, or to agree between ranks.
+measured by ``clip()``, as is one that nobody measured. So nothing here has to be complete, or to agree between ranks
+that reduce the norm. (Of ranks that do not, DDP's, all measure like this or none: it shows in the last bits.)
 
 torch's version counters miss some writes: ``GradScaler.unscale_``, collectives of torch.distributed, all that goes
 through ``.data``, ``torch._foreach_*`` on DTensors. Code that does so does it in every step, so some clips, the first

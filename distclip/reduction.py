@@ -23,7 +23,7 @@ from distclip import rows
 from distclip.gradients import LocalGrads
 from distclip.handshake import Wire, digest
 from distclip.kernels import kernels_for
-from distclip.kernels.common import WIDE
+from distclip.kernels.common import WIDE, together
 from distclip.participants import Participants
 from distclip.plan import Plan
 from distclip.rules.base import Norms
@@ -308,9 +308,7 @@ def _add_riding(plan: Plan, reduced: dict[str, Tensor], p: float) -> None:
 
 
 def _total(powers: Tensor, p: float) -> Tensor:
-    if math.isinf(p) and powers.numel():
-        return powers.amax().view(1)
-    return powers.sum().view(1)
+    return (together(powers, p) if powers.numel() else powers.sum()).view(1)
 
 
 def _extremes(grads: dict[torch.device, LocalGrads], wire: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distclip.kernels.common import real, summed
 from distclip.layout import Piece
 
 # Elements looked at in one go, which bounds the memory that wider copies take.
@@ -88,15 +89,15 @@ def _in_span(flat: Tensor, start: int, length: int) -> Iterator[Rows]:
 
 def squares(rows: Rows) -> Tensor:
     """Sum of the squares of each row's elements; float64."""
-    wide = rows.elements.flatten(1)
-    dtype = torch.complex128 if wide.is_complex() else torch.float64
-    norms: Tensor = torch.linalg.vector_norm(wide.to(dtype), dim=1)
+    # Of contiguous rows of real numbers torch makes each norm in one thread.
+    norms: Tensor = torch.linalg.vector_norm(real(rows.elements).flatten(1).double().contiguous(), dim=1)
     return norms.square()
 
 
 def sums(rows: Rows) -> Tensor:
     """Sum of each row's elements; float64."""
-    return rows.elements.flatten(1).sum(1, dtype=torch.float64)
+    elements = rows.elements.flatten(1)
+    return summed(elements[0].double()).view(1) if len(elements) == 1 else elements.sum(1, dtype=torch.float64)
 
 
 def blocks(tensor: Tensor) -> Iterator[Tensor]:

@@ -94,7 +94,10 @@ class ClipCheck:
             # All participants have this new plan, but perhaps asked others before, or nobody.
             before = set(Wire(own.ranks, own.group).gather(torch.tensor(list(before))).flatten().tolist())
         if before == {digest(str(()))}:
-            self._asked = connect(named_groups(plan.layouts, pipeline), self.signature)
+            # Ranks that do not reduce (DDP's) each go by their own sums, which are rounded otherwise where they are
+            # made while backward() runs.
+            overlap = f", overlap={plan.overlap is not None}" if own.group is None else ""
+            self._asked = connect(named_groups(plan.layouts, pipeline), self.signature + overlap)
             return self._asked
         return known if self._when == "always" or before == {digest(str(own.ranks))} else None
 

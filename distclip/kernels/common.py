@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 WIDE = frozenset({torch.float64, torch.complex128})
+# So many elements torch reduces in one thread. More it shares out, and where they are cut, roundings go another way:
+# ranks that do not reduce (DDP's) must not depend on how many threads each has.
+SERIAL = 1 << 14
 _DTYPE = attrgetter("dtype")
 
 
@@ -47,7 +50,14 @@ def flat(tensor: Tensor) -> Tensor:
 
 def together(powers: Tensor, p: float) -> Tensor:
     """The power sum of all, from those of each (see ``Kernels.power_sums``)."""
-    return powers.amax() if math.isinf(p) else powers.sum()
+    return powers.amax() if math.isinf(p) else summed(powers)
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of a vector; the same bits however many threads there are."""
+    if values.numel() <= SERIAL:
+        return values.sum()
+    return torch.stack([part.sum() for part in values.split(SERIAL)]).sum()
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from distclip.kernels.common import WIDE, by_dtype, flat, modulus, real, together
+from distclip.kernels.common import SERIAL, WIDE, by_dtype, flat, modulus, real, summed, together
 
 # Elements summed in float32 before float64 takes over: in longer rows (one large element, then many equal ones) all
 # roundings can go to one side, which adds up to over 1e-6.
@@ -87,7 +87,7 @@ def _squared(tensors: list[Tensor]) -> float | None:
 
 
 def _sum_of_squares(norms: Iterable[Tensor]) -> float:
-    return float(torch.stack(list(norms)).square_().sum())
+    return float(summed(torch.stack(list(norms)).square_()))
 
 
 class _Parts(NamedTuple):
@@ -206,7 +206,14 @@ def _each_in_float64(tensors: list[Tensor], p: float) -> Tensor:
 
 def _in_float64(tensor: Tensor, p: float) -> Tensor:
     """``sum(|x|**p)``, or the largest, for any p, dtype and size of values."""
-    norms = torch.stack([torch.linalg.vector_norm(_widened(part), p) for part in flat(tensor).split(_BLOCK)])
+    return together(torch.stack([_power(_widened(part), p) for part in flat(tensor).split(_BLOCK)]), p)
+
+
+def _power(elements: Tensor, p: float) -> Tensor:
+    whole = elements.numel() // SERIAL * SERIAL
+    rows = torch.linalg.vector_norm(elements[:whole].view(-1, SERIAL), p, dim=1)
+    rest = torch.linalg.vector_norm(elements[whole:], p) if whole < elements.numel() else rows.new_zeros(())
+    norms = torch.cat((rows, rest.view(1)))
     return norms.max() if math.isinf(p) else norms.pow_(p).sum()
 
 
