@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from distclip.compiled import eager
+from distclip.compiled import eager, eager_frame
 from distclip.optimizers import as_optimizers
 
 if TYPE_CHECKING:
     from distclip.clipper import GradClipper
 
 # Frames between GradScaler.step and what it calls.
-_DEPTH = 8
+_DEPTH = 10
 
 
 class Attachment:
@@ -64,6 +64,7 @@ class Attachment:
         if self.scaler is not None and not hasattr(self.scaler, "_stepped"):
             _ScalerStep.end(self.scaler)
 
+    @eager_frame
     def _clip_and_step(self, closure: Callable[[], Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._active:
             return self._step(closure, *args, **kwargs) if closure is not None else self._step(*args, **kwargs)

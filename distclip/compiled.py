@@ -19,6 +19,15 @@ def eager(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     Traced, a clip breaks dozens of times, compiles each part for each model, and where warnings are errors it ends in
     one of the compiler's own.
     """
+    return _untraced(function, recursive=True)
+
+
+def eager_frame(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Have ``torch.compile`` leave this function alone, but not what it calls: an optimizer's step, say."""
+    return _untraced(function, recursive=False)
+
+
+def _untraced(function: Callable[_Given, _Result], recursive: bool) -> Callable[_Given, _Result]:
     disabled: list[Callable[_Given, _Result]] = []
 
     @wraps(function)
@@ -27,7 +36,8 @@ def eager(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function, reason="distclip clips outside of compiled graphs"))
+            reason = "distclip clips outside of compiled graphs"
+            disabled.append(torch.compiler.disable(function, recursive, reason=reason))
         return disabled[0](*args, **kwargs)
 
     return call
