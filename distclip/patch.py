@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grad
 
 from distclip import functional
+from distclip.compiled import eager
 from distclip.layout import learn
 from distclip.layout.dtensor import is_dtensor
 from distclip.layout.fsdp1 import NeverSeen
+from distclip.warning import warn
 
 
 class Patch:
@@ -49,10 +51,15 @@ def patch() -> Patch:
     ``get_total_norm`` are distclip's, in this process, also where they were imported before.
 
     Arguments and results stay torch's, but that norms are float32 or float64 (torch's: float16 of float16 gradients),
-    a tensor given twice counts once, and norms of DTensors are plain tensors, already reduced. ``get_total_norm`` is
-    given gradients, not parameters: DTensors are reduced over their meshes, plain tensors count as they are (so it
-    cannot see FSDP1 or a pipeline), and all ranks of these meshes must pass the same list. Parameters of FSDP1 models
-    are known even if distclip never saw the model: it is looked for among all living objects, once.
+    a tensor given twice counts once, and norms of DTensors are plain tensors, already reduced, that answer
+    ``full_tensor()``. What torch computes without sense is refused, as by distclip's own functions: a negative or NaN
+    limit and a ``norm_type`` not above 0 (``ValueError``), powers of finite gradients that leave float64
+    (``OverflowError``).
+
+    ``get_total_norm`` is given gradients, not parameters: DTensors are reduced over their meshes, plain tensors count
+    as they are (so it cannot see FSDP1 or a pipeline), and all ranks of these meshes must pass the same list.
+    Parameters of FSDP1 models are known even if distclip never saw the model: it is looked for among all living
+    objects, once.
 
     As with torch, ranks must pass the same parameters: a list without those that have no gradient here makes ranks wait
     for each other. ``torch.compile`` over a clip breaks its graph (``fullgraph=True`` fails).
@@ -89,22 +96,34 @@ def _cell(name: str) -> types.CellType:
 def _seeking(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where distclip has not seen an FSDP1 model, it is found. An empty list is no reason to warn, as in torch."""
 
+    @eager
     @wraps(function)
     def call(parameters: Any, *args: Any, **kwargs: Any) -> Any:
         given: Any
         # A generator would be used up by the first of two tries.
         given = parameters if isinstance(parameters, Tensor | torch.nn.Module) else list(parameters)
         if isinstance(given, list) and not given:
-            if not isinstance(parameters, types.GeneratorType):
-                return torch.tensor(0.0) if function is functional.clip_grad_norm_ else None
-            given = parameters  # used up: distclip warns of it, as torch does
+            if isinstance(parameters, types.GeneratorType):
+                # Word for word as torch says it: scripts filter warnings, and tests look for them, by their text.
+                warn("`parameters` is an empty generator, no gradient clipping will occur.")
+            return torch.tensor(0.0) if function is functional.clip_grad_norm_ else None
         try:
-            return function(given, *args, **kwargs)
+            result = function(given, *args, **kwargs)
         except NeverSeen:
             _learn_living()
-            return function(given, *args, **kwargs)
+            result = function(given, *args, **kwargs)
+        return result if result is None else _answering(result, given)
 
     return call
+
+
+def _answering(norm: Tensor, given: Any) -> Tensor:
+    """torch's norm of DTensors is a DTensor, and many scripts call its ``full_tensor()`` without asking."""
+    first = given[0] if isinstance(given, list) else given
+    if is_dtensor(first):
+        # Of another tensor: one that holds itself could be neither copied nor pickled.
+        vars(norm)["full_tensor"] = norm.detach().detach
+    return norm
 
 
 def _learn_living() -> None:
@@ -116,6 +135,7 @@ def _learn_living() -> None:
             learn(living)
 
 
+@eager
 def _total_norm(
     tensors: Any,
     norm_type: float = 2.0,
@@ -126,7 +146,7 @@ def _total_norm(
     if not gradients:
         return torch.tensor(0.0)
     holders = [_holder(gradient) for gradient in gradients]
-    return functional.grad_norm(holders, norm_type, error_if_nonfinite, foreach)
+    return _answering(functional.grad_norm(holders, norm_type, error_if_nonfinite, foreach), gradients)
 
 
 def _holder(gradient: Tensor) -> Tensor:

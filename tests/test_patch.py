@@ -1,8 +1,12 @@
 """torch's own functions become distclip's, in code that nobody edits."""
 
+import copy
+import math
 import os
+import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,9 +90,47 @@ def iter_nothing() -> Iterator[Tensor]:
     yield from ()
 
 
-def test_a_generator_that_is_used_up_is_told() -> None:
-    with distclip.patch(), pytest.warns(UserWarning, match="empty generator"):
-        clip_grad_norm_(iter_nothing(), 1.0)
+def test_a_generator_that_is_used_up_is_told_in_torch_s_words() -> None:
+    def told() -> list[tuple[type[Warning], str, str]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert clip_grad_norm_(iter_nothing(), 1.0) == 0.0
+        return [(one.category, str(one.message), one.filename) for one in caught]
+
+    theirs = told()
+    with distclip.patch():
+        assert told() == theirs
+        with pytest.warns(UserWarning, match="empty generator"):
+            clip_grad_value_(iter_nothing(), 1.0)
+    assert [filename for _, _, filename in theirs] == [__file__]
+
+
+def full(tensor: Any) -> Tensor:
+    """As many scripts write it, without asking whether they have a DTensor."""
+    whole: Tensor = tensor.full_tensor()
+    assert type(whole) is Tensor
+    return whole
+
+
+@ranks(2)
+def test_the_norm_of_dtensors_answers_full_tensor() -> None:
+    model = build(LAYOUTS["fsdp2"])
+    grads = [param.grad for param in model.parameters() if param.grad is not None]
+    true_norm = oracle.norm(oracle.whole_grads(model))
+    one = next(param for param in model.parameters() if param.grad is not None and full(param.grad).norm() > 0)
+    assert one.grad is not None
+    norm_of_one = full(one.grad).double().norm().item()
+    with distclip.patch():
+        norm = get_total_norm(grads)
+        assert full(norm).item() == pytest.approx(true_norm, rel=1e-6)
+        assert full(clip_grad_norm_(one, math.inf)).item() == pytest.approx(norm_of_one, rel=1e-6)
+        assert full(clip_grad_norm_(model.parameters(), true_norm / 3)).item() == pytest.approx(true_norm, rel=1e-6)
+        for again in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+            assert torch.equal(full(again), norm)
+        weight = nn.Parameter(torch.zeros(2))
+        weight.grad = torch.ones(2)
+        assert not hasattr(clip_grad_norm_(weight, 1.0), "full_tensor")
+        assert not hasattr(get_total_norm(weight.grad), "full_tensor")
 
 
 def test_sparse_and_several_dtypes_in_a_total_norm() -> None:
