@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def exchanged(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> list[dict[str, Tensor]]:
-    """Every rank's tensors, in the order of the ranks, on the CPU. All ranks of ``group`` must call.
+def exchanged(tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> list[dict[str, Tensor]]:
+    """Every rank's tensors, in the order of the ranks, on the CPU. All ranks of ``group`` (the job) must call.
 
     Args:
         tensors: of this rank, by name; any shapes and dtypes.
@@ -17,7 +17,7 @@ def exchanged(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> list[dict
     return [_broadcast(tensors, group, source) for source in range(dist.get_world_size(group))]
 
 
-def _broadcast(tensors: dict[str, Tensor], group: dist.ProcessGroup, source: int) -> dict[str, Tensor]:
+def _broadcast(tensors: dict[str, Tensor], group: dist.ProcessGroup | None, source: int) -> dict[str, Tensor]:
     head, content = b"", torch.empty(0, dtype=torch.uint8)
     if dist.get_rank(group) == source:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -29,7 +29,7 @@ def _broadcast(tensors: dict[str, Tensor], group: dist.ProcessGroup, source: int
     return _read(bytes(heading.tolist()), _sent(content, sizes[1], group, source))
 
 
-def _sent(values: Tensor, size: int, group: dist.ProcessGroup, source: int) -> Tensor:
+def _sent(values: Tensor, size: int, group: dist.ProcessGroup | None, source: int) -> Tensor:
     """What ``source`` has in ``values``, ``size`` elements of its dtype, which all ranks know."""
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
     there = dist.get_rank(group) == source

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 import distclip
 import ranks
+from exchange import exchanged
 from windows import Drift, Watch, read_windows
 
 WIDTH, BATCH = 16, 8
@@ -198,8 +199,8 @@ def main() -> int:
     job = ranks.start("fsdp2")
     run = LongRun(options, job)
     run.run()
-    digests: list[str] = [""] * job.world
-    dist.all_gather_object(digests, run.digest.hexdigest())
+    digest = torch.frombuffer(bytearray(run.digest.digest()), dtype=torch.uint8)
+    digests = [bytes(told["digest"].tolist()).hex() for told in exchanged({"digest": digest})]
     age = None if options.without_distclip else run.age()
     ranks.stop()
     if job.rank > 0:
