@@ -223,7 +223,8 @@ def test_a_script_under_torchrun(script: Path) -> None:
     model = nn.Linear(4, 3)
     model(torch.ones(2, 4)).square().sum().backward()
     expected = clip_grad_norm_(model.parameters(), 1.0)
-    assert done.stdout.splitlines() == [f"helped __main__ ['--lr', '3'] {expected:.5f}"] * 2
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # torch 2.8 prints there
+    assert lines == [f"helped __main__ ['--lr', '3'] {expected:.5f}"] * 2
 
 
 @pytest.mark.parametrize("start", [["script.py"], ["-m", "script"]])

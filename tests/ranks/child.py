@@ -21,6 +21,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.ranks import older_torch
+
 GRACE = 1.0
 """Seconds that ranks give each other: to finish after the first one has returned, to fail after the first one has."""
 
@@ -107,6 +109,8 @@ def _rank_variables(task: Task, rank: int) -> dict[str, str]:
 
 def _join(task: Task, rank: int) -> None:
     torch.set_num_threads(1)
+    if task.backend == "gloo":
+        older_torch.average_over_gloo()
     random.seed(0)
     torch.manual_seed(0)
     if task.device == "cuda":
