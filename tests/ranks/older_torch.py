@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ def average_over_gloo() -> None:
     """
     if torch.__version__ >= "2.13":
         return
-    collectives = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_collectives")
+    collectives: Any = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_collectives")
     factors = collectives._get_gradient_divide_factors
     if hasattr(factors, "__wrapped__"):
         return
