@@ -700,6 +700,12 @@ def converted(model: nn.Sequential) -> None:
     model.to(torch.bfloat16)
 
 
+def materialized(model: nn.Sequential) -> None:
+    model.to("meta").to_empty(device="cpu")
+    for param in model.parameters():
+        nn.init.normal_(param)
+
+
 def normed(model: nn.Sequential) -> None:
     parametrizations.weight_norm(model[0])
 
@@ -764,7 +770,20 @@ def merged(model: nn.Sequential) -> None:
     model[0] = old.requires_grad_(True)
 
 
-CHANGES = (assigned, converted, normed, unnormed, swapped, toggled, from_buffer, to_parameter, added, deleted, merged)
+CHANGES = (
+    assigned,
+    converted,
+    materialized,
+    normed,
+    unnormed,
+    swapped,
+    toggled,
+    from_buffer,
+    to_parameter,
+    added,
+    deleted,
+    merged,
+)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
