@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from distclip.cli import main
 from distclip.doctor import selftest
 from distclip.record import Event, Record
 from distclip.rules import catalogue
 from distclip.sinks import JsonLines
+from tests.ranks import run_ranks
 
 COMMANDS = ("check", "plot", "summary", "suggest", "compare", "rules", "doctor", "bench")
 
@@ -267,6 +270,25 @@ def test_doctor_says_which_layout_fails(capsys: pytest.CaptureFixture[str], monk
     failed, worked = out.splitlines()[-2:]
     assert failed.split() == ["FAILS", "unheard", "of", "KeyError:", "'unheard", "of'"]
     assert worked.split()[:3] == ["ok", "DDP", "norm"]
+
+
+def under_a_gloo_that_adds_up() -> tuple[bool, str]:
+    def summed() -> tuple[torch.nn.Module, dict[str, Any]]:
+        model, options = selftest._ddp()
+        for param in model.parameters():
+            assert param.grad is not None
+            param.grad *= dist.get_world_size()
+        return model, options
+
+    selftest.LAYOUTS["FSDP2"] = summed
+    outcome = selftest._outcome("FSDP2")
+    return outcome.works, outcome.message
+
+
+def test_doctor_knows_gloo_before_torch_2_13() -> None:
+    for works, message in run_ranks(under_a_gloo_that_adds_up, 2):
+        assert not works
+        assert "adds them up where FSDP2 averages (pytorch issue 162338)" in message
 
 
 def test_doctor_does_not_wait_for_ever(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -639,7 +639,9 @@ def test_no_run_breaks_a_picture(steps: list[dict[str, Any]], text: str, suffix:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "run.jsonl"
         event = {"kind": "alarm", "step": 1, "alarm": text, "message": text}
-        log.write_text("\n".join(map(json.dumps, [{"kind": "run", "rule": text}, *steps, event])))
+        # Steps beyond 2**53 are broken lines, and a log wants one that is none.
+        first = [{"kind": "run", "rule": text}, {"kind": "step", "step": 0}]
+        log.write_text("\n".join(map(json.dumps, [*first, *steps, event])))
         out = plots.plot([read_run(log)] * times, log.with_suffix(suffix), title=text or None)
         if suffix == ".svg":
             ElementTree.parse(out)
@@ -654,7 +656,7 @@ def test_no_run_breaks_a_picture(steps: list[dict[str, Any]], text: str, suffix:
 def test_no_run_breaks_a_report(steps: list[dict[str, Any]], times: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "run.jsonl"
-        log.write_text("\n".join(map(json.dumps, steps)))
+        log.write_text("\n".join(map(json.dumps, [{"kind": "step", "step": 0}, *steps])))
         check_page(plots.plot([read_run(log)] * times, log.with_suffix(".html")).read_text(encoding="utf-8"))
 
 
