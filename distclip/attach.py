@@ -130,11 +130,16 @@ class _ScalerStep:
             step._users -= 1
             if not step._users:
                 del scaler.step
+                if getattr(step._step, "__func__", None) is not type(scaler).step:
+                    scaler.step = step._step  # type: ignore[method-assign]
 
     def __call__(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         (inner,) = as_optimizers(optimizer)
         attachment = getattr(inner, "_distclip_attachment", None)
         if attachment is None or attachment.scaler is not self._scaler or not self._scaler.is_enabled():
+            return self._step(optimizer, *args, **kwargs)
+        if attachment._clipped:
+            # Somebody wrapped the scaler's step between two attachments: an outer one of these has clipped.
             return self._step(optimizer, *args, **kwargs)
         with attachment.clipped_under(self._scaler):
             return self._step(optimizer, *args, **kwargs)

@@ -182,7 +182,8 @@ class GradClipper:
 
     def __setstate__(self, found: dict[str, Any]) -> None:
         vars(self).update(found["state"])
-        if found["attached"] is not None:
+        # copy.copy leaves the optimizer to the original, which is in its step already.
+        if found["attached"] is not None and getattr(found["attached"], "_distclip_attachment", None) is None:
             # torch copies an optimizer without what was put on it, and steps would no longer be clipped.
             self.attach(found["attached"])
 

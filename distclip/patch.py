@@ -123,7 +123,13 @@ def _answering(norm: Tensor, given: Any) -> Tensor:
     if is_dtensor(first):
         # Of another tensor: one that holds itself could be neither copied nor pickled.
         vars(norm)["full_tensor"] = norm.detach().detach
+        # In a file it is a plain tensor: torch.load(weights_only=True), the default, knows no methods.
+        vars(norm)["__getstate__"] = _nothing
     return norm
+
+
+def _nothing() -> None:
+    """What a norm's pickle holds besides the number."""
 
 
 def _learn_living() -> None:

@@ -441,6 +441,20 @@ def test_a_copy_of_an_attached_clipper_is_attached_to_the_copied_optimizer(copie
     assert (clipper.steps, other.steps) == (2, 2)
 
 
+def test_a_shallow_copy_leaves_the_optimizer_to_the_original() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    clipper = GradClipper(model, BOUND).attach(optimizer)
+    other = copy.copy(clipper)
+    run_backward(model)
+    optimizer.step()
+    assert (clipper.steps, other.steps) == (1, 0)
+    other.detach()
+    run_backward(model)
+    optimizer.step()
+    assert (clipper.steps, other.steps) == (2, 0)
+
+
 @copied
 def test_a_copied_optimizer_alone_is_not_attached(copied: Callable[[Any], Any]) -> None:
     model = small_model()
@@ -599,6 +613,36 @@ def test_two_attachments_under_one_scaler_go_in_any_order(first: int) -> None:
     clippers[1 - first].detach()
     assert min(norms()) > 2 * BOUND
     assert "step" not in vars(scaler)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_scaler_s_step_that_somebody_wraps_between_two_attachments(first: int) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    models = [small_model(), small_model(5)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-6) for model in models]
+    clippers, came = [], []
+
+    def wrap() -> None:
+        inner = scaler.step
+
+        def step(optimizer: Any) -> Any:
+            came.append(optimizer)
+            return inner(optimizer)
+
+        scaler.step = step  # type: ignore[method-assign]
+
+    for model, optimizer in zip(models, optimizers, strict=True):
+        wrap()
+        clippers.append(GradClipper(model, BOUND, scaler=scaler).attach(optimizer))
+    for each in zip(models, optimizers, strict=True):
+        assert scaled_step(*each, scaler) == pytest.approx(BOUND, rel=1e-5)
+    assert [clipper.steps for clipper in clippers] == [1, 1]
+    scaler.update()
+    clippers[first].detach()
+    clippers[1 - first].detach()
+    came.clear()
+    assert scaled_step(models[0], optimizers[0], scaler) > 2 * BOUND
+    assert came == [optimizers[0]] * 2, "what others put there stays"
 
 
 def test_a_scaler_keeps_no_model_and_copies_without_one() -> None:

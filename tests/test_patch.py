@@ -1,6 +1,7 @@
 """torch's own functions become distclip's, in code that nobody edits."""
 
 import copy
+import io
 import math
 import os
 import pickle
@@ -125,8 +126,14 @@ def test_the_norm_of_dtensors_answers_full_tensor() -> None:
         assert full(norm).item() == pytest.approx(true_norm, rel=1e-6)
         assert full(clip_grad_norm_(one, math.inf)).item() == pytest.approx(norm_of_one, rel=1e-6)
         assert full(clip_grad_norm_(model.parameters(), true_norm / 3)).item() == pytest.approx(true_norm, rel=1e-6)
-        for again in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
-            assert torch.equal(full(again), norm)
+        assert torch.equal(full(copy.deepcopy(norm)), norm)
+        # In checkpoints it is a plain tensor, that a default torch.load() reads.
+        file = io.BytesIO()
+        torch.save({"norm": norm}, file)
+        file.seek(0)
+        for again in (pickle.loads(pickle.dumps(norm)), torch.load(file, weights_only=True)["norm"]):
+            assert type(again) is Tensor
+            assert torch.equal(again, norm)
         weight = nn.Parameter(torch.zeros(2))
         weight.grad = torch.ones(2)
         assert not hasattr(clip_grad_norm_(weight, 1.0), "full_tensor")

@@ -210,6 +210,10 @@ def _in_float64(tensor: Tensor, p: float) -> Tensor:
 
 
 def _power(elements: Tensor, p: float) -> Tensor:
+    if elements.numel() <= SERIAL:
+        # Most tensors: starting more operations would cost as much again.
+        norm: Tensor = torch.linalg.vector_norm(elements, p)
+        return norm if math.isinf(p) else norm.pow_(p)
     whole = elements.numel() // SERIAL * SERIAL
     rows = torch.linalg.vector_norm(elements[:whole].view(-1, SERIAL), p, dim=1)
     rest = torch.linalg.vector_norm(elements[whole:], p) if whole < elements.numel() else rows.new_zeros(())

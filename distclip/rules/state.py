@@ -81,7 +81,8 @@ class StatefulRule(Rule):
         per_tensor = self.initial_per_tensor()
         if self._state is None:
             empty: dict[str, Any] = {key: [] for key in (*per_tensor, *([_NAMES] if per_tensor else []))}
-            return {**self.initial(), **empty, **(self._loaded or {})}
+            initial = {key: _as_kept(value).tolist() for key, value in self.initial().items()}
+            return {**initial, **empty, **(self._loaded or {})}
         state = {key: value.tolist() for key, value in self._state.items()}
         return state | ({_NAMES: list(self._names)} if per_tensor else {})
 
@@ -95,14 +96,16 @@ class StatefulRule(Rule):
             ValueError: it is not of such a rule; names the key.
             TypeError: it is no dict.
         """
-        self._check_form(state)
-        self.check_state(state)
-        self._loaded, self._state, self._learned = dict(state), None, None
+        check_is_dict(f"state of {type(self).__name__}", state)
+        # Checkpoints of other formats bring back tuples, arrays and tensors.
+        plain = {key: _plain(value) for key, value in state.items()}
+        self._check_form(plain)
+        self.check_state(plain)
+        self._loaded, self._state, self._learned = plain, None, None
 
     def _check_form(self, state: Mapping[str, Any]) -> None:
         """Raise where keys or types of a state are not those of this rule's."""
         rule, per_tensor, initial = type(self).__name__, self.initial_per_tensor(), self.initial()
-        check_is_dict(f"state of {rule}", state)
         wanted = self.state_dict().keys()
         if state.keys() != wanted:
             raise ValueError(f"state of {rule} must hold {sorted(wanted)}, got {shown(sorted(state, key=str))}")
@@ -114,18 +117,17 @@ class StatefulRule(Rule):
         for key, value in state.items():
             if key == _NAMES and per_tensor:
                 continue
-            start = per_tensor[key] if key in per_tensor else initial[key]
-            several = key in per_tensor or isinstance(start, list)
-            numbers = value if several and isinstance(value, list) else [value]
-            if several != isinstance(value, list) or not all(map(_is_number, numbers)):
-                form = "a list of numbers" if several else "a number"
+            start = _as_kept([per_tensor[key]] if key in per_tensor else initial[key])
+            numbers = _flattened(value, start.ndim)
+            if not all(map(_is_number, numbers)):
+                form = "a list of numbers" if start.ndim else "a number"
                 raise ValueError(f"state of {rule}: {key} must be {form}, got {shown(value)}")
+            if start.ndim > 1:
+                _as_kept(value)  # a ValueError where its rows differ in length
             if key in per_tensor and len(numbers) != len(names):
                 raise ValueError(f"state of {rule}: {key} holds {len(numbers)} numbers for {len(names)} names")
             # A rule whose memory begins with NaN means something by it.
-            if any(map(math.isnan, numbers)) and not any(
-                map(math.isnan, start if isinstance(start, list) else [start])
-            ):
+            if any(map(math.isnan, numbers)) and not start.isnan().any():
                 raise ValueError(f"state of {rule}: {key} holds a NaN, which would never leave it")
 
     def _rearrange(self, names: tuple[str, ...], device: torch.device) -> None:
@@ -141,7 +143,34 @@ class StatefulRule(Rule):
 
 
 def _tensor(value: object, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64, copy=True)
     return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+def _as_kept(value: object) -> Tensor:
+    """As ``recall`` has it; ``initial()`` may return whatever a tensor can be made of."""
+    return _tensor(value, torch.device("cpu"))
+
+
+def _plain(value: Any) -> Any:
+    """Lists and numbers for a tensor, an array or a tuple; all else as it is."""
+    if isinstance(value, tuple):
+        return list(value)
+    try:
+        return value.tolist() if hasattr(value, "tolist") else value
+    except Exception:  # a tensor without data, or of a layout without lists: no state, which is told by its key
+        return value
+
+
+def _flattened(value: object, levels: int) -> list[Any]:
+    """The numbers in so many levels of lists; [None], which is none, where there are others."""
+    found: list[Any] = [value]
+    for _ in range(levels):
+        if not all(isinstance(each, list) for each in found):
+            return [None]
+        found = [number for each in found for number in each]
+    return found
 
 
 def _is_number(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,11 +89,15 @@ def checked_every(name: str, value: Any, least: int) -> int:
     Raises:
         ValueError: it is no int, or below ``least``.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):  # RuntimeError: what tensors without data say
+        number = -1
+    if number < least:
         raise ValueError(f"{name} must be a whole number from {least} on, got {shown(value)}")
-    if value > LARGEST_COUNT:
+    if number > LARGEST_COUNT:
         raise ValueError(f"{name} must be at most 2**53, got {shown(value)}")
-    return value
+    return number
 
 
 def checked_count(name: str, value: object, least: int = 1, most: int = LARGEST_COUNT) -> int:
