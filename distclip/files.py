@@ -63,9 +63,9 @@ def load_yaml(text: str) -> Any:
             try:
                 return super().construct_object(node, deep)
             except (ValueError, LookupError, AttributeError) as error:
-                # What PyYAML lets through of what int(), float() and datetime say: `2001-99-99`, `!!int ""`.
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{node.value!r}: {error}", node.start_mark
-                ) from None
+                # What PyYAML lets through of what int(), float() and datetime say: `2001-99-99`, `!!int ""`; and what
+                # Python says of PyYAML: `!!bool x`, `!!timestamp x`.
+                why = str(error) if isinstance(error, ValueError) else f"is no {node.tag.rpartition(':')[2]}"
+                raise yaml.constructor.ConstructorError(None, None, f"{node.value!r}: {why}", node.start_mark) from None
 
     return yaml.load(text, Loader)

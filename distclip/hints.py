@@ -15,6 +15,11 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(names)}"
 
 
+def several(value: object) -> bool:
+    """Whether it can be iterated over. Tensors and arrays without a dimension only look like it."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
+
+
 def shown(value: object, most: int = 200) -> str:
     """``repr(value)`` for an error, cut short; the type of what has none (Python prints no int of 5000 digits)."""
     try:

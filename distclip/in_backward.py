@@ -311,7 +311,7 @@ def check_carried(state: object) -> None:
     Raises:
         ValueError: it names what is wrong.
     """
-    if state == {}:
+    if isinstance(state, dict) and not state:
         return
     if not isinstance(state, dict) or state.keys() != {"coefficient", "threshold"}:
         raise ValueError(f"state_dict['in_backward'] must hold coefficient and threshold, got {shown(state)}")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distclip.alarms import Alarm, default_alarms
 from distclip.clipper import GradClipper
-from distclip.hints import shown
+from distclip.hints import several, shown
 from distclip.layout.dtensor import is_dtensor
 from distclip.record import RESERVED, Event, Record
 from distclip.report import ClipReport, metrics_of, read
@@ -90,8 +90,10 @@ class Monitor:
             raise TypeError(f"clipper must be a GradClipper, got {shown(clipper)}")
         if not isinstance(prefix, str):
             raise TypeError(f"prefix must be a text, got {shown(prefix)}")
-        if isinstance(sinks, str | os.PathLike) or not isinstance(sinks, Iterable):
+        if isinstance(sinks, str | os.PathLike) or not several(sinks):
             raise TypeError(f"sinks must be a list of Sinks, paths or functions, got {shown(sinks)}")
+        if alarms is not None and not several(alarms):
+            raise TypeError(f"alarms must be a list of objects of distclip.alarms, got {shown(alarms)}")
         self.log_every = checked_count("log_every", log_every)
         self._main = (not dist.is_initialized() or dist.get_rank() == 0) if main is None else main
         self._sinks = [as_sink(sink) for sink in sinks]

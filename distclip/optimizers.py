@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from distclip.gradients import version_of
+from distclip.hints import several
 from distclip.layout.dtensor import is_dtensor
 from distclip.layout.memory import Mark
 
@@ -37,7 +38,7 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> tuple[Op
     """
     if optimizer is None:
         return ()
-    if not isinstance(optimizer, Optimizer | Iterable):
+    if not isinstance(optimizer, Optimizer) and not several(optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {type(optimizer).__name__}")
     given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     for item in given:

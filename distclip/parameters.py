@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from distclip.hints import shown
+from distclip.hints import several, shown
 from distclip.layout.fsdp2 import sharded_parameters
 from distclip.layout.zero import is_engine
 from distclip.warning import warn
@@ -50,7 +50,7 @@ def split(parameters: Parameters, may_be_empty: bool = False) -> tuple[list[nn.M
 
 
 def _listed(parameters: Any) -> list[Any]:
-    if not isinstance(parameters, Iterable) or isinstance(parameters, str | bytes):
+    if not several(parameters) or isinstance(parameters, str | bytes):
         raise TypeError(
             f"parameters must be a module, a tensor or an iterable of them, got {type(parameters).__name__}: "
             f"{shown(parameters, 80)}"
@@ -99,7 +99,7 @@ def as_modules(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
     Raises:
         TypeError: something in it is no module.
     """
-    if not isinstance(model, nn.Module | Iterable):
+    if not isinstance(model, nn.Module) and not several(model):
         raise TypeError(f"model must be a torch.nn.Module or an iterable of them, got {shown(model)}")
     modules = [model] if isinstance(model, nn.Module) else list(model)
     for module in modules:

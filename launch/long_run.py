@@ -186,8 +186,13 @@ def parse() -> argparse.Namespace:
     for name in ("window", "save_every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
-    if options.steps // options.window * options.window <= options.warm_up:
-        parser.error(f"--warm-up {options.warm_up}: expected less than --steps {options.steps}, by one --window")
+    # The looks at and after the warm-up: with one alone there is nothing to compare.
+    first = max(1, -(-options.warm_up // options.window))
+    if options.steps // options.window <= first:
+        parser.error(
+            f"--warm-up {options.warm_up}: after step {first * options.window}, the first look from there on, "
+            f"--steps {options.steps} leaves no other --window of {options.window}"
+        )
     return options
 
 

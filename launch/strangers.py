@@ -181,7 +181,10 @@ def run_tests(peer: Peer, source: Path, packages: Path, patched: bool, folder: P
     command = [sys.executable, "-m", "pytest", *options, *asked, *peer.tests]
     log = results.with_suffix(".log")
     with log.open("w") as output:
-        done = subprocess.run(command, cwd=source, env=environment, stdout=output, stderr=output, timeout=PATIENCE)
+        try:
+            done = subprocess.run(command, cwd=source, env=environment, stdout=output, stderr=output, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"strangers.py: the tests of {peer.name} ran for {PATIENCE} s: see {log}") from None
     if done.returncode not in (0, 1):
         raise SystemExit(f"strangers.py: the tests of {peer.name} did not run: see {log}")
     return Run(**json.loads(results.read_text()))
@@ -201,16 +204,26 @@ def complaints(comparisons: Sequence[Comparison]) -> list[str]:
     """What nobody has explained, and comparisons that compare nothing."""
     differing = [f"{test} differs" for comparison in comparisons for test in comparison.unexplained()]
     idle = [comparison.peer.name for comparison in comparisons if not comparison.distclip.calls]
-    return differing + [f"{name} never clipped: nothing was compared" for name in idle]
+    # Tests that fail either way do not differ.
+    failed = [comparison.peer.name for comparison in comparisons if not comparison.torch.passed()]
+    told = [f"{name} never clipped: nothing was compared" for name in idle]
+    return differing + told + [f"no test of {name} passes with torch: nothing was compared" for name in failed]
 
 
 def write_document(text: str) -> None:
-    """Exchange the table of projects."""
+    """Exchange the rows of the table of projects that ``text`` has; those of projects that were not run stay."""
     lines = DOCUMENT.read_text().splitlines()
     start = next(place for place, line in enumerate(lines) if line.startswith("| project |"))
     end = next(place for place in range(start, len(lines)) if not lines[place].startswith("|"))
-    lines[start:end] = text.splitlines()
+    head, new = text.splitlines()[:2], text.splitlines()[2:]
+    rows = {_project(row): row for row in (*lines[start + 2 : end], *new)}
+    order = [peer.name for peer in PEERS]
+    lines[start:end] = [*head, *(rows[name] for name in sorted(rows.keys() & {*order}, key=order.index))]
     DOCUMENT.write_text("\n".join(lines) + "\n")
+
+
+def _project(row: str) -> str:
+    return row.strip("| ").split()[0]
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -241,7 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.docs:
         write_document(text)
     wrong = complaints(comparisons)
-    print("\n".join(wrong))
+    for each in wrong:
+        print(each)
     return 1 if wrong else 0
 
 

@@ -5,7 +5,8 @@
 # Settings, by environment variables:
 #   PYTHON        the interpreter to use, or to make the environment with; default: python3
 #   TORCH_INDEX   where pip looks besides its own index; default: that of PyTorch's CPU builds
-#   TORCH_BUILD   the build, as its version ends: cpu (the default), cu128 ...
+#   TORCH_BUILD   the build, as its version ends: cpu (the default), cu128 ... Where it is set, it has an environment of
+#                 its own, and $PYTHON is used as it is only if its torch is of that build
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ ! "${1:-}" =~ ^[0-9]+\.[0-9]+\.[0-9]+$ ]]; then
@@ -15,10 +16,14 @@ fi
 version=$1
 shift
 python=${PYTHON:-python3}
-has_it() { [ "$("$1" -c 'import torch; print(torch.__version__.partition("+")[0])' 2>/dev/null)" = "$version" ]; }
+has_it() {
+    local found
+    found=$("$1" -c 'import torch; print(torch.__version__)' 2>/dev/null) || return 1
+    [ "$found" = "$version+${TORCH_BUILD:-}" ] || { [ -z "${TORCH_BUILD:-}" ] && [ "${found%%+*}" = "$version" ]; }
+}
 
 if ! has_it "$python"; then
-    venv=.venv-torch-$version
+    venv=.venv-torch-$version${TORCH_BUILD:+-$TORCH_BUILD}
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     python=$venv/bin/python
     if ! has_it "$python"; then

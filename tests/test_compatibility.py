@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -30,8 +31,8 @@ def test_version_is_semantic() -> None:
 
 def test_document_tells_what_the_package_asks_for() -> None:
     text = (ROOT / "docs" / "compatibility.md").read_text()
-    assert PROJECT["dependencies"] == ["torch>=2.8"]
-    assert PROJECT["requires-python"] == ">=3.11"
+    assert PROJECT["dependencies"] == [f"torch{re.findall(r'^[|] torch [|] (>=[0-9.]+) [|]', text, re.MULTILINE)[0]}"]
+    assert PROJECT["requires-python"] == re.findall(r"^\| python \| (>=[0-9.]+) \|", text, re.MULTILINE)[0]
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     table = dict(re.findall(r"^\| (\S+) \| [^|]*\| ([^| ]+) \|$", text, re.MULTILINE))
     packages = {"torch", "accelerate", "transformers", "lightning", "deepspeed"}
@@ -52,6 +53,19 @@ def test_another_torch_must_be_named(version: str) -> None:
     assert done.stderr.strip() == f"test_torch.sh: name a version of torch such as 2.9.1, got '{version}'"
 
 
+def test_another_build_is_another_torch(tmp_path: Path) -> None:
+    """2.13.0+cpu is not the 2.13.0+cu128 that was asked for; nothing is fetched here: the interpreter is not one."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 2.13.0+cpu\n")
+    python.chmod(0o755)
+    done = run("bash", "launch/test_torch.sh", "2.13.0", PYTHON=str(python), TORCH_BUILD="cu128")
+    assert done.returncode == 1
+    assert ".venv-torch-2.13.0-cu128/bin/python" in done.stderr
+    assert "test_torch.sh: pip could not install torch==2.13.0+cu128: see above" in done.stderr
+    done = run("bash", "launch/test_torch.sh", "2.13.0", PYTHON=str(python), TORCH_BUILD="cpu")
+    assert (done.returncode, done.stdout) == (0, "2.13.0+cpu\n")
+
+
 @pytest.mark.slow
 def test_suite_runs_with_a_torch_that_is_there() -> None:
     chosen = ("-p", "no:cacheprovider", "tests/test_package.py", "-k", "typed")
@@ -60,8 +74,10 @@ def test_suite_runs_with_a_torch_that_is_there() -> None:
     assert "1 passed" in done.stdout
 
 
-def test_audit_names_what_it_needs() -> None:
-    done = run("/bin/bash", "launch/audit_dependencies.sh", PATH="/usr/bin:/bin")
+def test_audit_names_what_it_needs(tmp_path: Path) -> None:
+    # Not /usr/bin, where a system may have its own pip-audit.
+    (tmp_path / "dirname").symlink_to(str(shutil.which("dirname")))
+    done = run("/bin/bash", "launch/audit_dependencies.sh", PATH=str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith("audit_dependencies.sh: needs pip-audit, which is no part of this project")
 

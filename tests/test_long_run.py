@@ -167,7 +167,7 @@ def test_nothing_waits_for_the_garbage_collector(name: str, monkeypatch: pytest.
     gc.collect()
     gc.disable()
     try:
-        for _ in range(12):
+        for _ in range(6):
             for param in model.parameters():
                 param.grad = torch.ones_like(param)
             FUNCTIONS[name](model)
@@ -289,7 +289,10 @@ def test_as_users_start_it(more: tuple[str, ...], tmp_path: Path) -> None:
     [
         (("--window", "0"), "--window 0: expected 1 or more"),
         (("--save-every", "-1"), "--save-every -1: expected 1 or more"),
-        (("--steps", "4000"), "--warm-up 4000: expected"),
+        (("--steps", "4000"), "--steps 4000 leaves no other --window of 500"),
+        (("--steps", "4600", "--warm-up", "4100"), "--warm-up 4100: after step 4500, the first look from there on"),
+        (("--steps", "500", "--warm-up", "0"), "--warm-up 0: after step 500, the first look from there on"),
+        (("--steps", "10", "--warm-up", "-1"), "--warm-up -1: after step 500, the first look from there on"),
     ],
 )
 def test_mistakes(

@@ -72,6 +72,8 @@ def test_what_is_complained_of(strangers: Any, monkeypatch: pytest.MonkeyPatch) 
     assert strangers.complaints([comparison(1)]) == []
     assert strangers.complaints([comparison(0)]) == ["some never clipped: nothing was compared"]
     assert strangers.complaints([failed]) == ["a::b differs"]
+    both = strangers.Comparison(strangers.PEERS[0], failed.distclip, failed.distclip)
+    assert strangers.complaints([both]) == ["no test of some passes with torch: nothing was compared"]
     assert strangers.complaints([comparison(1, **{"c::d": "passed"})]) == ["a::b differs", "c::d differs"]
     monkeypatch.setitem(strangers.EXPLAINED, "::b", "torch's mistake")
     assert strangers.complaints([failed]) == []
@@ -80,9 +82,14 @@ def test_what_is_complained_of(strangers: Any, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_document_s_table_is_exchanged(strangers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strangers, "DOCUMENT", tmp_path / "document.md")
-    (tmp_path / "document.md").write_text("before\n| project |\n|---|\n| old |\n\n| other |\n")
-    strangers.write_document("| project | new |\n|---|---|")
-    assert (tmp_path / "document.md").read_text() == "before\n| project | new |\n|---|---|\n\n| other |\n"
+    others = [strangers.Peer(name, "", (), "") for name in ("first", "third")]
+    monkeypatch.setattr(strangers, "PEERS", (others[0], *strangers.PEERS, others[1]))
+    old = "before\n| project |\n|---|\n| first 1 | old |\n| gone 3 | old |\n| third 2 | old |\n\n| other |\n"
+    (tmp_path / "document.md").write_text(old)
+    strangers.write_document("| project | new |\n|---|---|\n| some 1.0 | new |\n| third 3 | new |")
+    assert (tmp_path / "document.md").read_text() == (
+        "before\n| project | new |\n|---|---|\n| first 1 | old |\n| some 1.0 | new |\n| third 3 | new |\n\n| other |\n"
+    ), "what was not run stays, what is no project any more goes"
 
 
 @pytest.mark.parametrize(

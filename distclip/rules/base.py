@@ -194,7 +194,8 @@ class Rule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        if state != {}:
+        # Not state != {}: an array has no truth value.
+        if not isinstance(state, dict) or state:
             held = sorted(state, key=str) if isinstance(state, Mapping) else state
             raise ValueError(f"{type(self).__name__} keeps no state, but state_dict holds {shown(held)}")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distclip.hints import shown
+from distclip.hints import several, shown
 from distclip.rules.adaptive import as_patterns
 from distclip.rules.base import Bounds, Decision, Limits, Norms, Rule
 from distclip.rules.norm import ClipByGlobalNorm
@@ -63,7 +63,7 @@ class Chain(_Composed):
     rules: Sequence[Any]
 
     def __post_init__(self) -> None:
-        if isinstance(self.rules, str) or not isinstance(self.rules, Iterable):
+        if isinstance(self.rules, str) or not several(self.rules):
             raise TypeError(f"rules must be a list of rules, got {shown(self.rules)}")
         self.rules = tuple(as_rule(rule) for rule in self.rules)
         _check_distinct(self, self.rules)
