@@ -288,7 +288,7 @@ def under_a_gloo_that_adds_up() -> tuple[bool, str]:
 def test_doctor_knows_gloo_before_torch_2_13() -> None:
     for works, message in run_ranks(under_a_gloo_that_adds_up, 2):
         assert not works
-        assert "adds them up where FSDP2 averages (pytorch issue 162338)" in message
+        assert "adds gradients up where FSDP2 averages them (pytorch issue 162338)" in message
 
 
 def test_doctor_does_not_wait_for_ever(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

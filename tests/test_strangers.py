@@ -56,6 +56,7 @@ def test_a_difference_is_told(strangers: Any, tmp_path: Path, capsys: pytest.Cap
     ]
 
 
+@pytest.mark.slow
 def test_tests_that_do_not_run_are_no_success(strangers: Any, tmp_path: Path) -> None:
     peer = strangers.Peer("some", "1.0", ("tests/no_such.py",), "")
     source = strangers.fetched(peer, tmp_path / "folder")

@@ -33,7 +33,7 @@ _TIMEOUT, _PATIENCE = 30, 240
 # Of float32 gradients, which every layout adds up in another order.
 _TOLERANCE = 1e-5
 _MAX_NORM = 0.1
-_SUMS = "It is that of the gradients as they are: this torch's gloo adds them up where FSDP2 averages (pytorch issue 162338)"
+_SUMS = "This torch's gloo adds gradients up where FSDP2 averages them (pytorch issue 162338)"
 
 
 @dataclass(frozen=True)
