@@ -35,7 +35,7 @@ from distclip.rules.base import Rule
 from distclip.rules.compose import as_rule
 from distclip.rules.stages import passes_of
 from distclip.rules.state import check_is_dict
-from distclip.rules.thresholds import as_number, checked_choice, checked_every
+from distclip.rules.thresholds import as_number, checked_choice, checked_every, checked_flag
 from distclip.step import Stepping
 from distclip.warning import warn
 
@@ -128,6 +128,7 @@ class GradClipper:
         self.rule = as_rule(rule)
         checked_choice("nonfinite", nonfinite, engine.NONFINITE)
         checked_choice("check", check, WHEN)
+        overlap = checked_flag("overlap", overlap)
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {shown(scaler)}")
         self.nonfinite: engine.NonFinite = nonfinite
@@ -338,6 +339,7 @@ class GradClipper:
             raise RuntimeError("clip_in_backward() is active already: call remove() on what it returned first")
         if self._overlap is not None:
             raise ValueError("clip_in_backward() leaves clip() nothing to do: make the clipper without overlap=True")
+        previous_norm = checked_flag("previous_norm", previous_norm)
         check_settings(self.rule, self.nonfinite, previous_norm, self._pipeline, self._stepping.scaler is not None)
         plan = self._current_plan()
         self._in_backward = InBackward(self, plan, self._params, previous_norm)

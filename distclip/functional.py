@@ -19,7 +19,7 @@ from distclip.layout.dtensor import is_dtensor
 from distclip.parameters import Parameters, split
 from distclip.rules.norm import ClipByGlobalNorm, clip_coefficient
 from distclip.rules.stages import forget_passes
-from distclip.rules.thresholds import as_number, checked
+from distclip.rules.thresholds import as_number, checked, checked_flag
 from distclip.rules.value import value_bounds
 
 
@@ -75,7 +75,7 @@ def clip_grad_norm_(
     """
     rule = ClipByGlobalNorm(max_norm, norm_type)
     modules, params = split(parameters, may_be_empty=pipeline_group is not None)
-    nonfinite: engine.NonFinite = "raise" if error_if_nonfinite else "propagate"
+    nonfinite: engine.NonFinite = "raise" if checked_flag("error_if_nonfinite", error_if_nonfinite) else "propagate"
     try:
         plan = plan_for(modules, params, engine.settings_of(rule), as_rank_group("pipeline_group", pipeline_group))
         refuse_scaled(params)

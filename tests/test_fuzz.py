@@ -176,6 +176,7 @@ def test_functions_take_what_they_are_tried_with(function: Callable[..., Any]) -
 @given(st.sampled_from([*FUNCTIONS]), odd, odd, odd)
 @example(distclip.clip_grad_norm_, torch.tensor([1.0, 2.0]), 2.0, False)
 @example(distclip.clip_grad_norm_, 10**400, 2.0, False)
+@example(distclip.clip_grad_norm_, 1.0, 2.0, torch.tensor([1.0, 2.0]))
 @example(distclip.clip_grad_value_, (10**400, 1), None, None)
 @example(distclip.clip_grad_value_, 1.0, np.array([1.0, 2.0]), None)
 @example(distclip.clip_grads_with_norm_, 1.0, -1.0, None)
@@ -227,6 +228,7 @@ OPTIONS = ["rule", "optimizer", "scaler", "nonfinite", "pipeline_group", "check"
 @example({"optimizer": np.array("x")})
 @example({"rule": _cyclic()})
 @example({"check": np.array(["first", "x"])})
+@example({"overlap": np.array([1.0, 2.0])})
 def test_clippers_of_all_arguments(arguments: dict[str, Any]) -> None:
     model = a_model()
     before = bytes_of(model)

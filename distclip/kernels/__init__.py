@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
-from distclip.hints import shown
 from distclip.kernels import accelerator, cpu
+from distclip.rules.thresholds import checked_flag
 
 
 class Kernels(Protocol):
@@ -47,8 +47,7 @@ def use_foreach(foreach: bool | None, device: torch.device) -> bool:
         RuntimeError: ``foreach=True`` on a device without foreach kernels.
         TypeError: it is a tensor or array of several.
     """
-    if getattr(foreach, "ndim", 0):
-        raise TypeError(f"foreach must be True, False or None, got {shown(foreach)}")
+    foreach = None if foreach is None else checked_flag("foreach", foreach)
     supported: bool = _device_has_foreach_support(device)
     if foreach and not supported:
         raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")
