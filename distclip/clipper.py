@@ -19,7 +19,7 @@ from distclip.attach import Attachment
 from distclip.audit.clips import WHEN, ClipCheck, When
 from distclip.compiled import eager
 from distclip.gradients import found, version_of
-from distclip.hints import shown
+from distclip.hints import checked_flag, shown
 from distclip.in_backward import InBackward, check_carried, check_settings
 from distclip.layout import learn
 from distclip.layout.declared import Group, as_rank_group, carry_over
@@ -35,7 +35,7 @@ from distclip.rules.base import Rule
 from distclip.rules.compose import as_rule
 from distclip.rules.stages import passes_of
 from distclip.rules.state import check_is_dict
-from distclip.rules.thresholds import as_number, checked_choice, checked_every, checked_flag
+from distclip.rules.thresholds import as_number, checked_choice, checked_every
 from distclip.step import Stepping
 from distclip.warning import warn
 

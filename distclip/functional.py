@@ -13,13 +13,13 @@ from distclip.apply import clamp_, scale_
 from distclip.cache import plan_for
 from distclip.compiled import eager
 from distclip.gradients import check_limits, local_grads
-from distclip.hints import shown
+from distclip.hints import checked_flag, shown
 from distclip.layout.declared import Group, as_rank_group
 from distclip.layout.dtensor import is_dtensor
 from distclip.parameters import Parameters, split
 from distclip.rules.norm import ClipByGlobalNorm, clip_coefficient
 from distclip.rules.stages import forget_passes
-from distclip.rules.thresholds import as_number, checked, checked_flag
+from distclip.rules.thresholds import as_number, checked
 from distclip.rules.value import value_bounds
 
 

@@ -1,4 +1,4 @@
-"""What errors add so that the next try works."""
+"""What errors say so that the next try works, and the checks that several places share."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ def closest(name: str, known: Iterable[str]) -> str:
 def several(value: object) -> bool:
     """Whether it can be iterated over. Tensors and arrays without a dimension only look like it."""
     return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
+
+
+def checked_flag(name: str, value: object) -> bool:
+    """``value`` as a bool; whatever Python has a truth for will do.
+
+    Raises:
+        TypeError: it has none: a tensor or an array of several.
+    """
+    try:
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}") from None
 
 
 def shown(value: object, most: int = 200) -> str:

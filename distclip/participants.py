@@ -137,7 +137,7 @@ class _Alarm:
         told = Wire(group.ranks, group.group).told(settings)
         message = (
             f"the ranks that take part in this clip disagree on how to clip:{told}\n"
-            "No gradient was changed. Give every rank the same rule and arguments."
+            "Give every rank the same rule and arguments."
         )
         self._ring(message)
         raise RuntimeError(message)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
+from distclip.hints import checked_flag
 from distclip.kernels import accelerator, cpu
-from distclip.rules.thresholds import checked_flag
 
 
 class Kernels(Protocol):

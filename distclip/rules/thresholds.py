@@ -49,18 +49,6 @@ def checked(name: str, value: object, *, above_zero: bool = False) -> float:
     raise ValueError(f"{name} must be {'above 0' if above_zero else 'at least 0'}, got {shown(value)}")
 
 
-def checked_flag(name: str, value: object) -> bool:
-    """``value`` as a bool; whatever Python has a truth for will do.
-
-    Raises:
-        TypeError: it has none: a tensor or an array of several.
-    """
-    try:
-        return bool(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be True or False, got {shown(value)}") from None
-
-
 def checked_choice(name: str, value: object, known: Sequence[str]) -> str:
     """``value`` as one of the names that are ``known``.
 
