@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distclip.alarms import Alarm, default_alarms
 from distclip.clipper import GradClipper
-from distclip.hints import several, shown
+from distclip.hints import checked_flag, several, shown
 from distclip.layout.dtensor import is_dtensor
 from distclip.record import RESERVED, Event, Record
 from distclip.report import ClipReport, metrics_of, read
@@ -95,7 +95,7 @@ class Monitor:
         if alarms is not None and not several(alarms):
             raise TypeError(f"alarms must be a list of objects of distclip.alarms, got {shown(alarms)}")
         self.log_every = checked_count("log_every", log_every)
-        self._main = (not dist.is_initialized() or dist.get_rank() == 0) if main is None else main
+        self._main = (not dist.is_initialized() or dist.get_rank() == 0) if main is None else checked_flag("main", main)
         self._sinks = [as_sink(sink) for sink in sinks]
         self._alarms = default_alarms(clipper.rule) if alarms is None else list(alarms)
         self._waiting: list[_Waiting] = []

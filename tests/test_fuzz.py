@@ -575,6 +575,7 @@ def test_a_rule_that_raises_half_way_has_the_state_of_before() -> None:
 @example({"alarms": torch.tensor(1.0)})
 @example({"sinks": torch.tensor(1.0)})
 @example({"log_every": math.inf})
+@example({"main": np.array([1.0, 2.0])})
 def test_monitors_of_all_arguments(arguments: dict[str, Any]) -> None:
     model = a_model()
     clipper = GradClipper(model)
