@@ -261,6 +261,7 @@ def test_doctor_clips_under_every_layout_here(capsys: pytest.CaptureFixture[str]
     assert told["works"] is True
 
 
+@pytest.mark.slow
 def test_doctor_says_which_layout_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # A name that the ranks do not know.
     monkeypatch.setattr(selftest, "LAYOUTS", {"unheard of": None, "DDP": None})

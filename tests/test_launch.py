@@ -32,7 +32,7 @@ def steps(out: Path) -> list[dict[str, object]]:
         pytest.param("tp", 2, "transformer", marks=pytest.mark.slow),
         pytest.param("hsdp+tp", 4, "transformer", marks=pytest.mark.slow),
         ("pp+fsdp2", 4, "transformer"),
-        ("ep", 2, "transformer"),
+        pytest.param("ep", 2, "transformer", marks=pytest.mark.slow),
         pytest.param("zero1", 2, "lstm", marks=pytest.mark.slow),
         pytest.param("zero3", 2, "transformer", marks=pytest.mark.slow),
     ],
