@@ -8,5 +8,5 @@ if [ $# -eq 0 ]; then
     "$python" -m ruff format --check .
     "$python" -m mypy
 fi
-# By files, because some of these share a port. More processes than CI has cores: ranks wait for each other much.
-"$python" -m pytest --numprocesses 3 --dist loadfile --durations 25 "$@"
+# By files, because some of these share a port.
+"$python" -m pytest --numprocesses 2 --dist loadfile --durations 25 "$@"

@@ -49,6 +49,7 @@ def test_many_ranks_train_as_one_process(parallel: str, ranks: int, model: str, 
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     def run(out: str, *more: str) -> list[tuple[object, object]]:
         done = start("--accumulate", "2", "--out", str(tmp_path / out), *more)

@@ -160,7 +160,8 @@ SIMULATED = (fsdp2, hsdp, fsdp2_tp, pipeline, experts)
     ("spread_model", "size"),
     [
         *((b, 24) for b in SIMULATED),
-        *(pytest.param(b, 1000, marks=() if b is pipeline else pytest.mark.slow) for b in SIMULATED),
+        (pipeline, 300),
+        *(pytest.param(b, 1000, marks=pytest.mark.slow) for b in SIMULATED),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
