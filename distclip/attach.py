@@ -53,10 +53,7 @@ class Attachment:
     def remove(self) -> None:
         """Put the optimizer's, and the scaler's, own ``step`` back."""
         if self.optimizer.__dict__.get("step") is self._wrapped:
-            if getattr(self._step, "__func__", None) is type(self.optimizer).step:
-                del self.optimizer.step
-            else:
-                self.optimizer.step = self._step  # type: ignore[method-assign]
+            _put_back(self.optimizer, self._step)
         else:
             # Somebody (an lr scheduler) has wrapped ours since: it stays, and does nothing more.
             self._active = False
@@ -129,9 +126,7 @@ class _ScalerStep:
         if isinstance(step, cls):
             step._users -= 1
             if not step._users:
-                del scaler.step
-                if getattr(step._step, "__func__", None) is not type(scaler).step:
-                    scaler.step = step._step  # type: ignore[method-assign]
+                _put_back(scaler, step._step)
 
     def __call__(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         (inner,) = as_optimizers(optimizer)
@@ -143,6 +138,14 @@ class _ScalerStep:
             return self._step(optimizer, *args, **kwargs)
         with attachment.clipped_under(self._scaler):
             return self._step(optimizer, *args, **kwargs)
+
+
+def _put_back(owner: Any, step: Any) -> None:
+    """Give an object its class's ``step`` again, or the one that somebody had put on it before."""
+    if getattr(step, "__func__", None) is type(owner).step:
+        del owner.step
+    else:
+        owner.step = step
 
 
 def _method(optimizer: Optimizer, step: Any, inner: Callable[..., Any]) -> Any:

@@ -34,7 +34,7 @@ from distclip.report import ClipReport
 from distclip.rules.base import Rule
 from distclip.rules.compose import as_rule
 from distclip.rules.stages import passes_of
-from distclip.rules.state import check_is_dict
+from distclip.rules.state import check_is_dict, whole_or_not
 from distclip.rules.thresholds import as_number, checked_choice, checked_every
 from distclip.step import Stepping
 from distclip.warning import warn
@@ -383,13 +383,8 @@ class GradClipper:
         nonfinite_steps = checked_every("state_dict['nonfinite_steps']", state_dict.get("nonfinite_steps", 0), 0)
         carried = state_dict.get("in_backward", {})
         check_carried(carried)
-        before = self.rule.state_dict()
-        try:
+        with whole_or_not([self.rule]):  # one of somebody's own may take a part before it raises
             self.rule.load_state_dict(state_dict["rule_state"])
-        except Exception:
-            # A rule of somebody's own may have taken a part of it.
-            self.rule.load_state_dict(before)
-            raise
         self.steps, self._nonfinite_steps = steps, nonfinite_steps
         if self._in_backward is not None and self._in_backward.active:
             self._in_backward.load_state_dict(carried)

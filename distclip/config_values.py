@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from distclip.audit.clips import WHEN
 from distclip.engine import NONFINITE
 from distclip.hints import shown
 from distclip.rules.base import Rule
-from distclip.rules.compose import Chain, PerGroup, as_rule
+from distclip.rules.compose import Chain, PerGroup, as_rule, refused_if_endless
 from distclip.rules.text import parse
 from distclip.rules.thresholds import checked_choice, checked_every
 
@@ -49,17 +49,12 @@ def rule_of(value: Any) -> Rule:
     if isinstance(value, str):
         return parse(value) if (number := _as_number(value)) is None else as_rule(number)
     if isinstance(value, list | tuple):
-        return _nested(value, lambda: Chain([rule_of(part) for part in value]))
+        with refused_if_endless(value):
+            return Chain([rule_of(part) for part in value])
     if isinstance(value, Mapping):
-        return _nested(value, lambda: PerGroup({_patterns(key): rule_of(part) for key, part in value.items()}))
+        with refused_if_endless(value):
+            return PerGroup({_patterns(key): rule_of(part) for key, part in value.items()})
     return as_rule(value)
-
-
-def _nested(value: object, make: Callable[[], Rule]) -> Rule:
-    try:
-        return make()
-    except RecursionError:
-        raise ValueError(f"rule holds itself, or is nested too deeply: {shown(value)}") from None
 
 
 def _as_number(text: str) -> float | None:
@@ -105,10 +100,6 @@ def _read_groups(name: str, text: str) -> Any:
 
 def _write_groups(value: Mapping[Any, Any]) -> dict[str, Any]:
     return {":".join(key): _write_rule(rule) for key, rule in value.items()}
-
-
-def _check_choice(known: Sequence[str], name: str, value: Any) -> str:
-    return checked_choice(name, value, known)
 
 
 def _check_axis(name: str, value: Any) -> str | None:
@@ -178,8 +169,8 @@ _AXES = partial(Kind, check=_check_axes, read=_read_axes)
 KINDS: dict[str, Kind] = {
     "rule": Kind("a number, or a rule such as zclip or 'skip_above=9 | norm=1'", _check_rule, write=_write_rule),
     "groups": Kind("rules of their own: 'head.* -> norm=1 ; ...'", _check_groups, _read_groups, _write_groups),
-    "nonfinite": Kind(f"what an inf or NaN does: {', '.join(NONFINITE)}", partial(_check_choice, NONFINITE)),
-    "check": Kind(f"when to compare ranks: {', '.join(WHEN)}", partial(_check_choice, WHEN)),
+    "nonfinite": Kind(f"what an inf or NaN does: {', '.join(NONFINITE)}", partial(checked_choice, known=NONFINITE)),
+    "check": Kind(f"when to compare ranks: {', '.join(WHEN)}", partial(checked_choice, known=WHEN)),
     "pipeline_group": Kind("mesh axis of the pipeline's stages, or none", _check_axis, _read_optional),
     "sharded": _AXES("plain parameters that differ from rank to rank: 'experts.*=ep'"),
     "replicated": _AXES("parameters that pipeline stages share: 'embed.*=pp'"),

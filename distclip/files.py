@@ -16,16 +16,24 @@ def load_mapping(path: Path) -> dict[str, Any]:
         ValueError: it cannot be read, is neither, or holds something else.
         ImportError: it is YAML, and PyYAML is not installed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8; a path that holds a zero byte
-        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    content = _parsed(path, text)
+    content = _parsed(path, read_text(path))
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path}: must hold settings, `name: value`, got {type(content).__name__}")
     return content
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """A file's text; ``errors`` as for ``bytes.decode``.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8", errors=errors)
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8; a path that holds a zero byte
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _parsed(path: Path, text: str) -> Any:

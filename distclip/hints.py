@@ -6,6 +6,7 @@ import difflib
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any, TypeGuard
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -15,7 +16,7 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(names)}"
 
 
-def several(value: object) -> bool:
+def several(value: object) -> TypeGuard[Iterable[Any]]:
     """Whether it can be iterated over. Tensors and arrays without a dimension only look like it."""
     return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distclip.files import read_text
 from distclip.record import RESERVED, Event, Record
 from distclip.rules.thresholds import LARGEST_COUNT
 
@@ -53,10 +54,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         ValueError: the file cannot be read, or holds no steps of a run.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except (OSError, ValueError) as error:  # ValueError: a path that holds a zero byte
-        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    lines = read_text(path, errors="replace").splitlines()
     info: dict[str, Any] = {}
     records: dict[int, Record] = {}
     events: list[Event] = []

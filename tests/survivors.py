@@ -1,18 +1,15 @@
 """Ranks of which some are lost: killed with SIGKILL, as the kernel does when memory runs out or a node goes down."""
 
 import os
-import pickle
 import signal
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.ranks import RanksFailed, report
-from tests.ranks.child import Task
+from tests.ranks.launch import task_of
 from tests.ranks.process import Rank, kill
 
 
@@ -37,18 +34,7 @@ def survivors(
         RanksFailed: one of them raised or hung, or `lost` lives.
     """
     with tempfile.TemporaryDirectory(prefix="distclip-survivors-") as folder:
-        task = Task(
-            module=body.__module__,
-            name=body.__qualname__,
-            arguments=pickle.dumps((arguments, {})),
-            world_size=world_size,
-            device="cpu",
-            backend="gloo",
-            timeout=timeout,
-            folder=Path(folder),
-            environ=dict(os.environ),
-            warning_filters=list(warnings.filters),
-        )
+        task = task_of(body, arguments, {}, world_size, timeout, folder)
         started: list[Rank] = []
         try:
             started.extend(Rank.start(task, number) for number in range(world_size))

@@ -83,6 +83,13 @@ def true_norm(setting: Setting) -> float:
     return own
 
 
+def next_gradients(setting: Setting) -> tuple[float, list[Tensor]]:
+    """Those of another step: their true norm, and copies of what this rank holds. Collective."""
+    setting.model.zero_grad()
+    setting.backward()
+    return true_norm(setting), local_grads(setting.model)
+
+
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
@@ -120,9 +127,7 @@ def clip_until_killed(name: str, lost: int, moment: str, folder: Path) -> Surviv
     setting = SETTINGS[name](ZClip(max_norm=MAX_NORM))
     setting.backward()
     setting.clipper.clip()
-    setting.model.zero_grad()
-    setting.backward()
-    norm, before = true_norm(setting), local_grads(setting.model)
+    norm, before = next_gradients(setting)
     assert len(before) > 4
     if dist.get_rank() == lost:
         kill_at(moment, folder)
@@ -273,9 +278,7 @@ def test_torchrun_restarts_a_job_whose_rank_was_killed(tmp_path: Path) -> None:
 def test_a_slow_rank(name: str) -> None:
     setting = SETTINGS[name](MAX_NORM)
     for slow in (0, 1):
-        setting.model.zero_grad()
-        setting.backward()
-        norm, before = true_norm(setting), local_grads(setting.model)
+        norm, before = next_gradients(setting)
         if dist.get_rank() == slow:
             time.sleep(0.3)
         report = setting.clipper.clip()
@@ -302,9 +305,7 @@ def test_a_rule_that_raises_on_one_rank(name: str) -> None:
     setting.backward()
     setting.clipper.clip()
     state = setting.clipper.state_dict()
-    setting.model.zero_grad()
-    setting.backward()
-    norm, before = true_norm(setting), local_grads(setting.model)
+    norm, before = next_gradients(setting)
     if raises:
         with pytest.raises(ZeroDivisionError, match=r"in decide\(\)"):
             setting.clipper.clip()
@@ -312,9 +313,7 @@ def test_a_rule_that_raises_on_one_rank(name: str) -> None:
     else:
         setting.clipper.clip()
         assert clipped_like(local_grads(setting.model), before, norm)
-    setting.model.zero_grad()
-    setting.backward()
-    norm, before = true_norm(setting), local_grads(setting.model)
+    norm, before = next_gradients(setting)
     with pytest.raises(
         RuntimeError, match=r"clip number 3\n  on rank .*clip number 2\n(?s:.*)resume all from a checkpoint"
     ):
@@ -500,9 +499,7 @@ def test_ctrl_c_while_waiting_for_the_others(tmp_path: Path) -> None:
     setting.backward()
     setting.clipper.clip()
     state = setting.clipper.state_dict()
-    setting.model.zero_grad()
-    setting.backward()
-    norm, before = true_norm(setting), local_grads(setting.model)
+    norm, before = next_gradients(setting)
     if dist.get_rank() == 0:
         press_ctrl_c_while_waiting(tmp_path / "pressed")
         with pytest.raises(KeyboardInterrupt):
@@ -516,9 +513,7 @@ def test_ctrl_c_while_waiting_for_the_others(tmp_path: Path) -> None:
         assert clipped_like(local_grads(setting.model), before, norm)
     # All go back to where they agreed, and on.
     setting.clipper.load_state_dict(state)
-    setting.model.zero_grad()
-    setting.backward()
-    norm, before = true_norm(setting), local_grads(setting.model)
+    norm, before = next_gradients(setting)
     assert float(setting.clipper.clip().total_norm) == pytest.approx(norm, rel=1e-6)
     assert clipped_like(local_grads(setting.model), before, norm)
     assert setting.clipper.steps == 2

@@ -266,6 +266,7 @@ def test_a_clip_that_raises_leaves_the_clipper_as_it_was(loss: Any) -> None:
 @example("quantile", [0.5, 10**18])
 @example("value", [(-1, None)])
 @example("zclip", [0.9, 2.0, 1.0, 1e-6, 10**400])
+@example("agc", [0.01, 1e-3, np.array("x")])
 def test_rules_of_all_arguments(name: str, arguments: list[Any]) -> None:
     attempt(lambda: GradClipper(a_model(), NAMES[name](*arguments)).clip())
 

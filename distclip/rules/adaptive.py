@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from distclip.hints import shown
+from distclip.hints import several, shown
 from distclip.rules.base import Decision, Norms, Rule, full
 from distclip.rules.tensors import Patterns
 from distclip.rules.thresholds import Threshold, checked, checked_threshold, threshold_at
@@ -95,9 +94,9 @@ def as_patterns(name: str, patterns: object) -> Patterns:
     """
     if isinstance(patterns, str):
         return (patterns,)
-    several = tuple(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, Tensor) else (patterns,)
-    if not all(isinstance(pattern, str) for pattern in several):
+    given: tuple[Any, ...] = tuple(patterns) if several(patterns) else (patterns,)
+    if not all(isinstance(pattern, str) for pattern in given):
         raise TypeError(
             f"{name} must be a pattern of parameter names such as 'head.*', or several, got {shown(patterns)}"
         )
-    return several
+    return given

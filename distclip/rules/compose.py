@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -258,6 +259,19 @@ class _Joined:
         )
 
 
+@contextmanager
+def refused_if_endless(rule: object) -> Iterator[None]:
+    """Around what builds a rule of lists and dicts.
+
+    Raises:
+        ValueError: one of them holds itself, or they lie too deep for Python's stack.
+    """
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"rule holds itself, or is nested too deeply: {shown(rule)}") from None
+
+
 def as_rule(rule: object) -> Rule:
     """What a user passed as ``rule=``: a Rule, a number, a list (``Chain``) or a dict (``PerGroup``).
 
@@ -268,10 +282,8 @@ def as_rule(rule: object) -> Rule:
     if isinstance(rule, Rule):
         return rule
     if isinstance(rule, Mapping | list | tuple):
-        try:
+        with refused_if_endless(rule):
             return PerGroup(rule) if isinstance(rule, Mapping) else Chain(rule)
-        except RecursionError:
-            raise ValueError(f"rule holds itself, or is nested too deeply: {shown(rule)}") from None
     hint = ": build it by distclip.rules.parse(text)" if isinstance(rule, str) else ""
     if isinstance(rule, bool) or not isinstance(rule, Real):
         raise TypeError(f"rule must be a number (the largest global L2 norm) or a Rule, got {shown(rule)}{hint}")

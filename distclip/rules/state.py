@@ -7,7 +7,8 @@ and what a step taught is forgotten when it turns out to be skipped.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -228,13 +229,20 @@ def load_combined(owner: Rule, rules: Mapping[str, Rule], state: dict[str, Any])
         raise ValueError(
             f"state of {type(owner).__name__} must hold {sorted(rules)}, got {shown(sorted(state, key=str))}"
         )
-    before = combined_state(rules)
-    try:
+    with whole_or_not([rules[key] for key in state]):
         for key, part in state.items():
             rules[key].load_state_dict(part)
+
+
+@contextmanager
+def whole_or_not(rules: Sequence[Rule]) -> Iterator[None]:
+    """Around what loads the states of these: where it raises, all have those of before."""
+    before = [rule.state_dict() for rule in rules]
+    try:
+        yield
     except Exception:
-        for key in state:
-            rules[key].load_state_dict(before[key])
+        for rule, state in zip(rules, before, strict=True):
+            rule.load_state_dict(state)
         raise
 
 

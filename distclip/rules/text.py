@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, Field, fields
+from itertools import accumulate
 from typing import Any
 
 from distclip.hints import closest, shown
@@ -66,7 +67,7 @@ def parse(text: str) -> Rule:
     """
     if not isinstance(text, str):
         raise TypeError(f"a rule must be written as a text, got {shown(text)}")
-    if _depth(text) > _DEEPEST:
+    if max(_depths(text)) > _DEEPEST:
         raise ValueError(f"rule {shown(text)}: parentheses in more than {_DEEPEST} levels")
     rule = _parsed(text)
     setattr(rule, _WRITTEN, text.strip())
@@ -93,11 +94,12 @@ def _parsed(text: str) -> Rule:
     text = _unwrapped(text.strip())
     groups = [part for part in _split(text, ";") if part.strip()]
     if groups and len(_split(groups[0], "->")) > 1:
-        pairs = [_group(text, part) for part in groups]
-        for place, (patterns, _) in enumerate(pairs):
-            if any(patterns == earlier for earlier, _ in pairs[:place]):
+        chosen: dict[tuple[str, ...], Rule] = {}
+        for patterns, rule in [_group(text, part) for part in groups]:
+            if patterns in chosen:
                 raise ValueError(f"rule {text!r}: {':'.join(patterns)!r} stands twice")
-        return PerGroup(dict(pairs))
+            chosen[patterns] = rule
+        return PerGroup(chosen)
     chain = _split(text, "|")
     if len(chain) > 1:
         return Chain([_parsed(part) for part in chain])
@@ -205,19 +207,11 @@ def _unwrapped(text: str) -> str:
     return text
 
 
-def _depth(text: str) -> int:
-    """How many parentheses are open at once."""
-    depth = deepest = 0
-    for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        deepest = max(deepest, depth)
-    return deepest
+def _depths(text: str) -> list[int]:
+    """How many parentheses are open before the first letter, and after each."""
+    return list(accumulate(((letter == "(") - (letter == ")") for letter in text), initial=0))
 
 
 def _balanced(text: str) -> bool:
-    depth = 0
-    for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        if depth < 0:
-            return False
-    return depth == 0
+    depths = _depths(text)
+    return min(depths) == depths[-1] == 0

@@ -100,18 +100,8 @@ def _run(
     device = "cuda" if backend == "nccl" else torch.device(kwargs.get("device", "cpu")).type
     one_gpu_each = device == "cuda" and world_size <= torch.cuda.device_count()
     with tempfile.TemporaryDirectory(prefix="distclip-ranks-") as folder:
-        task = Task(
-            module=body.__module__,
-            name=_importable_name(body),
-            arguments=_pickled(body, args, kwargs),
-            world_size=world_size,
-            device=device,
-            backend=backend or ("nccl" if one_gpu_each else "gloo"),
-            timeout=timeout,
-            folder=Path(folder),
-            environ=dict(os.environ),
-            warning_filters=list(warnings.filters),
-        )
+        backend = backend or ("nccl" if one_gpu_each else "gloo")
+        task = task_of(body, args, kwargs, world_size, timeout, folder, device, backend)
         started: list[Rank] = []
         try:
             started.extend(Rank.start(task, number) for number in range(world_size))
@@ -126,6 +116,32 @@ def _run(
     if outcomes[0].kind == "skipped":
         pytest.skip(outcomes[0].message)
     return [outcome.value for outcome in outcomes]
+
+
+def task_of(
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    world_size: int,
+    timeout: float,
+    folder: str,
+    device: str = "cpu",
+    backend: str = "gloo",
+) -> Task:
+    """What ranks are told that run `body(*args, **kwargs)` as this process would now."""
+    __tracebackhide__ = True
+    return Task(
+        module=body.__module__,
+        name=_importable_name(body),
+        arguments=_pickled(body, args, kwargs),
+        world_size=world_size,
+        device=device,
+        backend=backend,
+        timeout=timeout,
+        folder=Path(folder),
+        environ=dict(os.environ),
+        warning_filters=list(warnings.filters),
+    )
 
 
 def _importable_name(body: Callable[..., Any]) -> str:
